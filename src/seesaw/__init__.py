@@ -1,0 +1,1 @@
+"""Seesaw: offline, batch LLM inference that re-shards the model between prefill and decode."""

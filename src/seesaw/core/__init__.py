@@ -1,0 +1,1 @@
+"""The nouns: requests, layouts, plans, model shapes, the actions of the scheduler, errors. No torch."""

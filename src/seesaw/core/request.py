@@ -1,0 +1,66 @@
+"""`Request`, `Sequence` state is the scheduler's; this file holds what goes in and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from seesaw.core.errors import RequestError
+from seesaw.core.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt and its sampling parameters.
+
+    `id` names the request in outputs and, with the engine's seed, keys its sampling noise: the same id gives
+    the same noise under any plan.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of a token (natural logarithm) and its rank in the vocabulary, 1 being most likely."""
+
+    logprob: float
+    rank: int | None = None
+    text: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One of the `n` completions of a request.
+
+    `logprobs[i]` maps token ids to their log-probabilities at position i: the chosen token first, then the
+    most likely ones. `stop_reason` is the stop string or stop token id that ended it, if one did.
+    """
+
+    index: int
+    token_ids: list[int]
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, TokenLogprob]] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """What became of a request: its completions, or the error that refused it (then `outputs` is empty)."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    error: RequestError | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Always true: outputs are delivered when whole."""
+        return True

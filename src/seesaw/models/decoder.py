@@ -1,0 +1,170 @@
+"""The decoder: one definition for every family, computing the part of the model that one rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seesaw.models.rope import Rotation, apply_rotation, rotation
+
+if TYPE_CHECKING:
+    from seesaw.core.model_spec import ModelSpec
+    from seesaw.weights.sharding import RankView
+
+
+class TensorParallel(Protocol):
+    """The ranks that share the layers of this stage."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum `x` over the tensor-parallel ranks; the result may be `x` itself, changed in place."""
+        ...
+
+
+class Attend(Protocol):
+    """Causal attention of one layer over what the sequences of a batch hold so far and the new tokens.
+
+    `layer` is the global layer number. `q` is `[N, q_local, head_dim]`, `k` and `v` `[N, kv_local, head_dim]`,
+    all after rotary embedding; heads and channels are contiguous, rows may be strided. Returns
+    `[N, q_local * head_dim]`, contiguous. The scale is `head_dim ** -0.5`; the window is `spec.window(layer)`.
+    """
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class _Layer(NamedTuple):
+    """The tensors of one layer; the names are those of the device tensors."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class Decoder:
+    """One rank's part of the model: its stage's layers, and of each its heads, FFN columns, vocabulary rows.
+
+    `weights` maps device tensor names (global layer numbers) to tensors, which the decoder reads but neither
+    copies nor owns: their contents may be filled in later, and after a re-shard one makes a new `Decoder`,
+    which costs no more than looking the names up. All weights have one type, and hidden states have it too;
+    norms and rotary angles are computed in float32. Methods run in inference mode. Not thread-safe in so far as
+    `parallel` is not.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, view: RankView, weights: Mapping[str, Tensor], parallel: TensorParallel
+    ) -> None:
+        self._spec = spec
+        self._view = view
+        self._parallel = parallel if len(view.tp_ranks) > 1 else None
+        self._q_heads, self._kv_heads = len(view.q_heads), len(view.kv_heads)
+        self._layers = [(layer, self._layer(weights, layer)) for layer in view.layers]
+        self._embedding = weights["embed.weight"] if view.first_stage else None
+        self._norm = weights["norm.weight"] if view.last_stage else None
+        self._head: Tensor | None = None
+        if view.last_stage:
+            # tied embeddings: a rank that is first and last stage at once holds the matrix once
+            self._head = weights["head.weight" if "head.weight" in weights else "embed.weight"]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings `[N, hidden]` of token ids `[N]` (int64), whole on every rank. First stage only."""
+        assert self._embedding is not None, "embed is for the first stage"
+        with torch.inference_mode():
+            if self._parallel is None:
+                return F.embedding(tokens, self._embedding)
+            local = tokens - self._view.vocab.start
+            elsewhere = (local < 0) | (local >= len(self._view.vocab))
+            rows = F.embedding(local.masked_fill_(elsewhere, 0), self._embedding)
+            return self._parallel.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
+
+    def layers(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        after_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Run this stage's layers.
+
+        `hidden` is `[N, hidden]`, taken over and changed in place; the result is `[N, hidden]`, whole on every
+        rank, and may be `hidden`. `positions` (`[N]`, int64) counts tokens from the start of each sequence.
+        `after_layer(layer)` is called with the global number of each layer once its work is submitted.
+        """
+        with torch.inference_mode():
+            turn = rotation(self._spec.rope, self._spec.head_dim, positions, hidden.dtype)
+            for number, layer in self._layers:
+                hidden.add_(self._attention(number, layer, hidden, turn, attend))
+                hidden.add_(self._mlp(layer, hidden))
+                if after_layer is not None:
+                    after_layer(number)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[M, vocab_local]` of the rows `[M, hidden]` at which a token is sampled. Last stage only.
+
+        Column j is token `view.vocab[j]`. The type is that of the weights.
+        """
+        assert self._norm is not None and self._head is not None, "logits is for the last stage"
+        with torch.inference_mode():
+            return F.linear(self._rms_norm(hidden, self._norm), self._head)
+
+    def _layer(self, weights: Mapping[str, Tensor], number: int) -> _Layer:
+        def tensor(name: str) -> Tensor:
+            return weights[f"layers.{number}.{name}"]
+
+        spec, first = self._spec, self._view.coordinate.tp == 0
+        # the ranks' products are summed, so only one of them may add the bias of a row-parallel matrix
+        layer = _Layer(
+            input_norm=tensor("input_norm.weight"),
+            qkv=tensor("qkv.weight"),
+            qkv_bias=tensor("qkv.bias") if spec.qkv_bias else None,
+            q_norm=tensor("q_norm.weight") if spec.qk_norm else None,
+            k_norm=tensor("k_norm.weight") if spec.qk_norm else None,
+            o=tensor("o.weight"),
+            o_bias=tensor("o.bias") if spec.output_bias and first else None,
+            post_norm=tensor("post_norm.weight"),
+            gate_up=tensor("gate_up.weight"),
+            gate_up_bias=tensor("gate_up.bias") if spec.mlp_bias else None,
+            down=tensor("down.weight"),
+            down_bias=tensor("down.bias") if spec.mlp_bias and first else None,
+        )
+        assert layer.qkv.shape[0] == (self._q_heads + 2 * self._kv_heads) * spec.head_dim, layer.qkv.shape
+        assert layer.gate_up.shape[0] == 2 * layer.down.shape[1] == 2 * len(self._view.ffn), layer.gate_up.shape
+        return layer
+
+    def _rms_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self._spec.rms_eps)
+
+    def _sum(self, partial: Tensor) -> Tensor:
+        return partial if self._parallel is None else self._parallel.all_reduce(partial)
+
+    def _attention(
+        self, number: int, layer: _Layer, hidden: Tensor, turn: Rotation, attend: Attend
+    ) -> Tensor:
+        fused = F.linear(self._rms_norm(hidden, layer.input_norm), layer.qkv, layer.qkv_bias)
+        heads = fused.unflatten(-1, (-1, self._spec.head_dim))
+        turning = self._q_heads + self._kv_heads
+        qk, v = heads[:, :turning], heads[:, turning:]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            qk = self._rms_norm(qk, None)
+            qk[:, : self._q_heads].mul_(layer.q_norm)
+            qk[:, self._q_heads :].mul_(layer.k_norm)
+        qk = apply_rotation(qk, turn)
+        mixed = attend(number, qk[:, : self._q_heads], qk[:, self._q_heads :], v)
+        return self._sum(F.linear(mixed, layer.o, layer.o_bias))
+
+    def _mlp(self, layer: _Layer, hidden: Tensor) -> Tensor:
+        fused = F.linear(self._rms_norm(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias)
+        gate, up = fused.chunk(2, dim=-1)
+        return self._sum(F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias))

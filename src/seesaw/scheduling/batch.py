@@ -1,0 +1,144 @@
+"""`BatchBuilder`: puts one `Forward` together and keeps the sequences' books while doing so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from seesaw.core.actions import FEEDBACK, Forward, SamplingState, SlotInit
+from seesaw.core.noise import noise_key
+from seesaw.scheduling.replica import Replica
+from seesaw.scheduling.sequence import Sequence
+
+
+def sampling_state(sequence: Sequence, engine_seed: int) -> SamplingState | None:
+    """What the sampler must know of `sequence`, or None if it only ever takes the most likely token."""
+    params = sequence.request.sampling
+    if params.greedy and not params.penalises and params.logprobs is None and params.min_tokens == 0:
+        return None
+    penalised = params.penalises
+    return SamplingState(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=max(params.top_k, 0),
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        noise_key=noise_key(engine_seed, sequence.request.id, sequence.index, params.seed),
+        logprobs=-1 if params.logprobs is None else params.logprobs,
+        min_tokens=params.min_tokens,
+        stop_token_ids=sorted(sequence.stop_ids) if params.min_tokens else [],
+        generated=sequence.generated,
+        prompt=sequence.tokens[: sequence.prompt_tokens] if penalised else [],
+        output=sequence.output_token_ids if penalised else [],
+    )
+
+
+@dataclass(slots=True)
+class Flight:
+    """A Forward in flight: what its completion must settle."""
+
+    replica: Replica
+    group: int
+    sequences: list[Sequence]
+    sampled: list[Sequence]
+
+
+@dataclass(slots=True)
+class BatchBuilder:
+    """Collects the items of one Forward for one micro-batch group of a replica."""
+
+    id: int
+    replica: Replica
+    group: int
+    seed: int
+    feedback: bool
+    """Whether later Forwards may use the sampled tokens before they have come back."""
+    tokens_fed: int = 0
+    sequences: list[Sequence] = field(default_factory=list)
+    _slots: list[int] = field(default_factory=list)
+    _starts: list[int] = field(default_factory=list)
+    _counts: list[int] = field(default_factory=list)
+    _tokens: list[int] = field(default_factory=list)
+    _sampled: list[int] = field(default_factory=list)
+    _open: list[SlotInit] = field(default_factory=list)
+    _new_blocks: list[tuple[int, int]] = field(default_factory=list)
+    _write_through: list[tuple[int, int]] = field(default_factory=list)
+    _copied: list[Sequence] = field(default_factory=list)
+    _feedback_from: int = -1
+    _closing: int = field(init=False)
+    """Slots given up before this Forward was begun; later ones may be in it still."""
+
+    def __post_init__(self) -> None:
+        self._closing = len(self.replica.closing)
+
+    def feed(self, sequence: Sequence, count: int) -> bool:
+        """Add the next `count` tokens of `sequence`; its device blocks exist already.
+
+        Returns whether these were its last known tokens, so that the next one is sampled.
+        """
+        start = sequence.cached
+        self._tell_blocks(sequence)
+        known = sequence.tokens[start : start + count]
+        if len(known) < count:
+            assert count == 1 and sequence.pending == 1
+            known = [FEEDBACK]
+            self._feedback_from = max(self._feedback_from, sequence.last_sampled_by)
+        last = start + count == len(sequence.tokens) + sequence.pending
+        if last:
+            self._sampled.append(len(self.sequences))
+            sequence.pending += 1
+            sequence.last_sampled_by = self.id
+        self.sequences.append(sequence)
+        self._slots.append(sequence.slot)
+        self._starts.append(start)
+        self._counts.append(count)
+        self._tokens.extend(known)
+        self.tokens_fed += count
+        sequence.cached += count
+        sequence.forwards += 1
+        return last
+
+    def _tell_blocks(self, sequence: Sequence) -> None:
+        if sequence.slot < 0:
+            sequence.slot = self.replica.take_slot()
+            state = sampling_state(sequence, self.seed)
+            self._open.append(SlotInit(sequence.slot, list(sequence.device_blocks), state))
+        else:
+            fresh = sequence.device_blocks[sequence.known_blocks :]
+            self._new_blocks.extend((sequence.slot, block) for block in fresh)
+        sequence.known_blocks = len(sequence.device_blocks)
+
+    def write_through(self, sequence: Sequence, blocks: int) -> None:
+        """Copy the sequence's blocks up to number `blocks` to its host blocks behind this Forward."""
+        first = sequence.written_through
+        if blocks > first:
+            device, host = sequence.device_blocks[first:blocks], sequence.host_blocks[first:blocks]
+            self._write_through.extend(zip(device, host, strict=True))
+            self._copied.append(sequence)
+            sequence.written_through = blocks
+            sequence.copies += 1
+
+    def build(self) -> tuple[Forward, Flight, list[Sequence]]:
+        """The action, what its completion settles, and the sequences with write-through copies in it."""
+        closing = self.replica.closing[: self._closing]
+        self.replica.slots_closed(self._closing)
+        self.replica.in_flight += 1
+        self.replica.groups[self.group].in_flight += 1
+        forward = Forward(
+            id=self.id,
+            replica=self.replica.index,
+            slots=self._slots,
+            starts=self._starts,
+            counts=self._counts,
+            tokens=self._tokens,
+            sampled=self._sampled,
+            open=self._open,
+            close=closing,
+            new_blocks=self._new_blocks,
+            write_through=self._write_through,
+            feedback=self.feedback and bool(self._sampled),
+            feedback_from=self._feedback_from,
+        )
+        sampled = [self.sequences[i] for i in self._sampled]
+        return forward, Flight(self.replica, self.group, self.sequences, sampled), self._copied

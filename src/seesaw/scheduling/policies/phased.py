@@ -1,0 +1,144 @@
+"""Policies for plans whose phases are separated in time (`P4->T4`, `P2->P2`).
+
+Prefill fills the host buffer, decode drains it. The three differ only in when they turn:
+
+- `seesaw` prefills until the host buffer is full and decodes until it is empty and the batch has thinned
+  out: fewest transitions.
+- `prefill-first` prefills whenever a prompt would fit beside the running sequences: the fullest decode batch
+  and the most transitions.
+- `decode-first` prefills one device's worth of prompts and decodes until none of them is left.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from seesaw.core.actions import DECODE, PREFILL
+from seesaw.scheduling.config import PolicyName
+from seesaw.scheduling.policies.base import decodable, feed_prompt, may_submit, onboard
+from seesaw.scheduling.sequence import Sequence, Status
+
+if TYPE_CHECKING:
+    from seesaw.scheduling.batch import BatchBuilder
+    from seesaw.scheduling.replica import Replica
+    from seesaw.scheduling.scheduler import Scheduler
+
+
+class PhasedPolicy:
+    """Prefill in one phase, decode in the other; every prefilled sequence passes through the host buffer."""
+
+    def __init__(self, name: PolicyName) -> None:
+        self.name = name
+        self._partial: dict[int, Sequence] = {}
+        """The prompt of which some chunks are still to be fed, by replica."""
+        self._largest_batch = 0
+        """Most sequences resident at once in this decode phase."""
+
+    def schedule(self, scheduler: Scheduler) -> None:
+        """Drive the current phase, and turn when its work is done."""
+        if scheduler.phase == PREFILL:
+            self._prefill(scheduler)
+            if not self._prefill_is_over(scheduler):
+                return
+            scheduler.transition(DECODE)
+            self._largest_batch = 0
+        self._decode(scheduler)
+        if self._decode_is_over(scheduler):
+            for replica in scheduler.replicas:
+                for sequence in replica.youngest():
+                    scheduler.park(sequence)
+            scheduler.transition(PREFILL)
+            self._prefill(scheduler)
+
+    # ---- prefill ------------------------------------------------------------------------------------------
+
+    def _prefill(self, scheduler: Scheduler) -> None:
+        progress = True
+        while progress:
+            progress = False
+            for replica in sorted(scheduler.replicas, key=lambda r: (r.in_flight, r.index)):
+                limit = replica.stages + 1 if scheduler.config.overlap else 1
+                if replica.in_flight < limit:
+                    progress = self._prefill_batch(scheduler, replica) or progress
+
+    def _prefill_batch(self, scheduler: Scheduler, replica: Replica) -> bool:
+        batch = scheduler.batch(replica, 0, feedback=False)
+        self._feed(scheduler, batch, self._partial.pop(replica.index, None))
+        while batch.tokens_fed < scheduler.config.max_batch_tokens and self._can_prefill(scheduler, replica):
+            sequence = scheduler.waiting[0]
+            scheduler.admit(sequence, replica, via_host=_needs_decode(sequence))
+            self._feed(scheduler, batch, sequence)
+        scheduler.submit(batch)
+        return bool(batch.sequences)
+
+    def _feed(self, scheduler: Scheduler, batch: BatchBuilder, sequence: Sequence | None) -> None:
+        if sequence is None or sequence.status is not Status.PREFILLING:
+            return  # ended meanwhile
+        feed_prompt(scheduler, batch, sequence, scheduler.config.max_batch_tokens - batch.tokens_fed)
+        if sequence.status is Status.PREFILLING and sequence.cached < len(sequence.tokens):
+            self._partial[batch.replica.index] = sequence
+
+    def _can_prefill(self, scheduler: Scheduler, replica: Replica) -> bool:
+        if not scheduler.waiting or self._target_reached(scheduler):
+            return False
+        sequence = scheduler.waiting[0]
+        if _needs_decode(sequence) and scheduler.config.blocks(len(sequence.tokens)) > scheduler.host.free:
+            return False
+        return scheduler.has_room(replica, len(sequence.tokens), reserved=0)
+
+    def _target_reached(self, scheduler: Scheduler) -> bool:
+        """`seesaw` fills the host buffer; the others stop at what the decode devices can hold."""
+        if self.name == "seesaw":
+            return False
+        config, replicas = scheduler.config, scheduler.config.plan.decode.dp
+        prefilled = len(scheduler.hosted) + scheduler.swapping_out + len(self._partial)
+        if prefilled >= config.max_running * replicas:
+            return True
+        next_blocks = config.blocks(len(scheduler.waiting[0].tokens)) + prefilled
+        return prefilled > 0 and scheduler.host.used + next_blocks > config.device_blocks[DECODE] * replicas
+
+    def _prefill_is_over(self, scheduler: Scheduler) -> bool:
+        live = [s for s in self._partial.values() if s.status is Status.PREFILLING]
+        if live or not (scheduler.hosted or scheduler.swapping_out):
+            return False
+        if not scheduler.waiting:
+            return not scheduler.more_expected
+        blocks = scheduler.config.blocks(len(scheduler.waiting[0].tokens))
+        return blocks > scheduler.host.free or self._target_reached(scheduler)
+
+    # ---- decode -------------------------------------------------------------------------------------------
+
+    def _decode(self, scheduler: Scheduler) -> None:
+        onboard(scheduler)
+        for replica in scheduler.replicas:
+            for group in range(replica.stages):
+                while may_submit(scheduler, replica, group):
+                    batch = scheduler.batch(replica, group, feedback=scheduler.config.overlap)
+                    for sequence in decodable(scheduler, replica, group):
+                        batch.feed(sequence, 1)
+                    scheduler.submit(batch)
+                    if not batch.sequences:
+                        break
+        resident = sum(replica.resident for replica in scheduler.replicas)
+        self._largest_batch = max(self._largest_batch, resident)
+
+    def _decode_is_over(self, scheduler: Scheduler) -> bool:
+        if scheduler.hosted or scheduler.swapping_out or not scheduler.waiting:
+            return False
+        residents = [s for r in scheduler.replicas for g in r.groups for s in g.sequences.values()]
+        if not residents:
+            return True
+        if self.name == "decode-first" or any(s.status is not Status.RUNNING for s in residents):
+            return False
+        parked = sum(scheduler.config.blocks(s.cached) for s in residents)
+        prompt = len(scheduler.waiting[0].tokens)
+        if parked + scheduler.config.blocks(prompt) > scheduler.host.free:
+            return False
+        if self.name == "prefill-first":
+            return any(scheduler.has_room(r, prompt, reserved=scheduler.reserve(r)) for r in scheduler.replicas)
+        return len(residents) <= scheduler.config.refill_threshold * self._largest_batch
+
+
+def _needs_decode(sequence: Sequence) -> bool:
+    """Whether more than the one token that prefill samples may be generated."""
+    return len(sequence.tokens) + 1 < sequence.limit

@@ -1,0 +1,101 @@
+"""`Sequence`: the tokens and the state of one completion on its way through the engine."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from seesaw.core.actions import ChosenToken
+from seesaw.core.request import FinishReason, Request
+
+if TYPE_CHECKING:
+    from seesaw.scheduling.replica import Replica
+
+
+class Status(enum.Enum):
+    """Where a sequence stands. Its KV lives where the name says."""
+
+    WAITING = "waiting"
+    """No KV anywhere; its tokens must be (re)computed."""
+    PREFILLING = "prefilling"
+    """Holds device blocks for all its tokens; some have been fed."""
+    RUNNING = "running"
+    """On a device, decoding."""
+    SWAPPING_OUT = "swapping out"
+    """Its KV is being copied to the host; no further Forward takes it."""
+    HOST = "host"
+    """Its KV is whole in the host buffer."""
+    SWAPPING_IN = "swapping in"
+    """Its KV is being copied to a device."""
+    DROPPING = "dropping"
+    """Preempted without room on the host: back to WAITING once nothing of it is in flight."""
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """One completion of a request. The scheduler alone writes it.
+
+    `tokens` holds the prompt and what was generated. `cached` tokens of it are in the KV cache, or will be
+    once the Forwards in flight have run; `pending` tokens have been asked for and not yet come back.
+    """
+
+    id: int
+    request: Request
+    index: int
+    """Which of the request's `n` completions."""
+    tokens: list[int]
+    prompt_tokens: int
+    limit: int
+    """Tokens (prompt included) at which it ends with reason `length`."""
+    stop_ids: frozenset[int]
+    """Tokens that end it."""
+
+    status: Status = field(default=Status.WAITING, init=False)
+    cached: int = field(default=0, init=False)
+    pending: int = field(default=0, init=False)
+    last_sampled_by: int = field(default=-1, init=False)
+    """Id of the latest Forward that samples a token of it."""
+
+    home: Replica | None = field(default=None, init=False)
+    """The replica whose pool `device_blocks` belong to."""
+    group: int = field(default=-1, init=False)
+    slot: int = field(default=-1, init=False)
+    """Row in the workers' tables; -1 until its next Forward opens one."""
+    admitted: int = field(default=-1, init=False)
+    """Order of admission to its device; the youngest is preempted first."""
+    device_blocks: list[int] = field(default_factory=list, init=False)
+    known_blocks: int = field(default=0, init=False)
+    """How many of `device_blocks` the workers have been told."""
+    host_blocks: list[int] = field(default_factory=list, init=False)
+    written_through: int = field(default=0, init=False)
+    """How many blocks of the prompt have been handed to write-through copies."""
+    forwards: int = field(default=0, init=False)
+    """Forwards in flight that contain it."""
+    copies: int = field(default=0, init=False)
+    """Copies in flight that read or write its blocks."""
+
+    logprobs: list[ChosenToken | None] = field(default_factory=list, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    stop_reason: int | str | None = field(default=None, init=False)
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing in flight touches it."""
+        return self.forwards == 0 and self.copies == 0
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether one more token may be asked for."""
+        return len(self.tokens) + self.pending < self.limit
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.tokens[self.prompt_tokens :]
