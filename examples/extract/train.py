@@ -155,12 +155,14 @@ def main() -> None:
     """Train, save, evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "model")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--minutes", type=float, default=24.0, help="end the schedule after this time at the latest")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--minutes", type=float, default=25.0, help="end the schedule after this time at the latest")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eval-only", action="store_true")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     held_out = make_orders(HELD_OUT, seed=HELD_OUT_SEED, held_out_names=True)
     if not args.eval_only:
         torch.manual_seed(TRAIN_SEED)

@@ -1,0 +1,1 @@
+"""The `seesaw` command, one file per subcommand."""

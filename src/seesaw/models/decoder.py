@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from seesaw.models.rope import Rotation, apply_rotation, rotation
 
@@ -27,9 +27,10 @@ class TensorParallel(Protocol):
 class Attend(Protocol):
     """Causal attention of one layer over what the sequences of a batch hold so far and the new tokens.
 
-    `layer` is the global layer number. `q` is `[N, q_local, head_dim]`, `k` and `v` `[N, kv_local, head_dim]`,
-    all after rotary embedding; heads and channels are contiguous, rows may be strided. Returns
-    `[N, q_local * head_dim]`, contiguous. The scale is `head_dim ** -0.5`; the window is `spec.window(layer)`.
+    `layer` is the global layer number. `q` is `[N, q_local, head_dim]`, `k` and `v` are
+    `[N, kv_local, head_dim]`, q and k after rotary embedding; heads and channels are contiguous, rows may be
+    strided. Returns `[N, q_local * head_dim]`, contiguous. The scale is `head_dim ** -0.5`, the window
+    `spec.window(layer)`.
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
@@ -58,8 +59,8 @@ class Decoder:
     `weights` maps device tensor names (global layer numbers) to tensors, which the decoder reads but neither
     copies nor owns: their contents may be filled in later, and after a re-shard one makes a new `Decoder`,
     which costs no more than looking the names up. All weights have one type, and hidden states have it too;
-    norms and rotary angles are computed in float32. Methods run in inference mode. Not thread-safe in so far as
-    `parallel` is not.
+    norms and rotary angles are computed in float32. Methods run in inference mode, and so must code that
+    changes their results in place.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class Decoder:
         assert self._embedding is not None, "embed is for the first stage"
         with torch.inference_mode():
             if self._parallel is None:
-                return F.embedding(tokens, self._embedding)
+                return embedding(tokens, self._embedding)
             local = tokens - self._view.vocab.start
             elsewhere = (local < 0) | (local >= len(self._view.vocab))
-            rows = F.embedding(local.masked_fill_(elsewhere, 0), self._embedding)
+            rows = embedding(local.masked_fill_(elsewhere, 0), self._embedding)
             return self._parallel.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
 
     def layers(
@@ -97,9 +98,9 @@ class Decoder:
     ) -> Tensor:
         """Run this stage's layers.
 
-        `hidden` is `[N, hidden]`, taken over and changed in place; the result is `[N, hidden]`, whole on every
-        rank, and may be `hidden`. `positions` (`[N]`, int64) counts tokens from the start of each sequence.
-        `after_layer(layer)` is called with the global number of each layer once its work is submitted.
+        `hidden` is `[N, hidden]`; it is changed in place and returned, whole on every rank. `positions`
+        (`[N]`, int64) counts tokens from the start of each sequence. `after_layer(layer)` is called with the
+        global number of each layer once its work is submitted.
         """
         with torch.inference_mode():
             turn = rotation(self._spec.rope, self._spec.head_dim, positions, hidden.dtype)
@@ -117,7 +118,7 @@ class Decoder:
         """
         assert self._norm is not None and self._head is not None, "logits is for the last stage"
         with torch.inference_mode():
-            return F.linear(self._rms_norm(hidden, self._norm), self._head)
+            return linear(self._rms_norm(hidden, self._norm), self._head)
 
     def _layer(self, weights: Mapping[str, Tensor], number: int) -> _Layer:
         def tensor(name: str) -> Tensor:
@@ -140,11 +141,13 @@ class Decoder:
             down_bias=tensor("down.bias") if spec.mlp_bias and first else None,
         )
         assert layer.qkv.shape[0] == (self._q_heads + 2 * self._kv_heads) * spec.head_dim, layer.qkv.shape
-        assert layer.gate_up.shape[0] == 2 * layer.down.shape[1] == 2 * len(self._view.ffn), layer.gate_up.shape
+        assert layer.gate_up.shape[0] == 2 * layer.down.shape[1] == 2 * len(self._view.ffn), (
+            layer.gate_up.shape
+        )
         return layer
 
     def _rms_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self._spec.rms_eps)
+        return rms_norm(x, (x.shape[-1],), weight, self._spec.rms_eps)
 
     def _sum(self, partial: Tensor) -> Tensor:
         return partial if self._parallel is None else self._parallel.all_reduce(partial)
@@ -152,8 +155,8 @@ class Decoder:
     def _attention(
         self, number: int, layer: _Layer, hidden: Tensor, turn: Rotation, attend: Attend
     ) -> Tensor:
-        fused = F.linear(self._rms_norm(hidden, layer.input_norm), layer.qkv, layer.qkv_bias)
-        heads = fused.unflatten(-1, (-1, self._spec.head_dim))
+        fused = linear(self._rms_norm(hidden, layer.input_norm), layer.qkv, layer.qkv_bias)
+        heads = fused.view(len(fused), -1, self._spec.head_dim)
         turning = self._q_heads + self._kv_heads
         qk, v = heads[:, :turning], heads[:, turning:]
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -162,9 +165,9 @@ class Decoder:
             qk[:, self._q_heads :].mul_(layer.k_norm)
         qk = apply_rotation(qk, turn)
         mixed = attend(number, qk[:, : self._q_heads], qk[:, self._q_heads :], v)
-        return self._sum(F.linear(mixed, layer.o, layer.o_bias))
+        return self._sum(linear(mixed, layer.o, layer.o_bias))
 
     def _mlp(self, layer: _Layer, hidden: Tensor) -> Tensor:
-        fused = F.linear(self._rms_norm(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias)
+        fused = linear(self._rms_norm(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias)
         gate, up = fused.chunk(2, dim=-1)
-        return self._sum(F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias))
+        return self._sum(linear(silu(gate).mul_(up), layer.down, layer.down_bias))

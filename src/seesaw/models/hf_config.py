@@ -7,7 +7,6 @@ decoder does not implement is refused, never ignored.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +64,7 @@ _FAMILIES: dict[str, _Family] = {
     ),
     "mistral": _Family("MistralForCausalLM", 8, 131072, bos=1, eos=2),
     "qwen2": _Family("Qwen2ForCausalLM", 32, 32768, fixed_qkv_bias=True),
-    "qwen3": _Family(
-        "Qwen3ForCausalLM", 32, 32768, head_dim=128, optional_attention_bias=True, qk_norm=True
-    ),
+    "qwen3": _Family("Qwen3ForCausalLM", 32, 32768, head_dim=128, optional_attention_bias=True, qk_norm=True),
 }
 
 
@@ -84,6 +81,8 @@ class _Reader:
     def fail(self, key: str, wanted: str) -> NoReturn:
         """Raise `ModelError` about `key` as it is in the file."""
         shown = json.dumps(self.values[key]) if key in self.values else "missing"
+        if len(shown) > 100:
+            shown = f"{shown[:97]}..."
         raise ModelError(f"{self.where}: {key} is {shown}; {wanted}")
 
     def get(self, key: str) -> object | None:
@@ -111,8 +110,8 @@ class _Reader:
         value = self.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            self.fail(key, "expected a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+            self.fail(key, "expected a finite number")
         return float(value)
 
     def required_float(self, key: str) -> float:
@@ -171,10 +170,10 @@ class _Reader:
 def load_spec(path: str | Path) -> ModelSpec:
     """Read the checkpoint directory `path` into a `ModelSpec`.
 
-    Reads `config.json`, and `generation_config.json` for further end-of-sequence ids where there is one. Weights
-    are not looked at. A config that states no type is taken as float32. Token ids outside the vocabulary can
-    never be sampled and are left out. Raises `ModelError` naming file, key and value for everything that is
-    missing, malformed or not supported.
+    Reads `config.json`, and `generation_config.json` for further end-of-sequence ids where there is one.
+    Weights are not looked at. A config that states no type is taken as float32. Token ids outside the
+    vocabulary can never be sampled and are left out. Raises `ModelError` naming file, key and value for
+    everything that is missing, malformed or not supported.
     """
     directory = Path(path)
     reader = _open(directory / "config.json")
@@ -189,9 +188,6 @@ def load_spec(path: str | Path) -> ModelSpec:
     vocab = reader.required_int("vocab_size")
     max_position = reader.optional_int("max_position_embeddings", family.max_position)
     attention_bias = _attention_bias(reader, family)
-    eps = reader.optional_float("rms_norm_eps", 1e-6)
-    if eps <= 0:
-        reader.fail("rms_norm_eps", "expected a number greater than 0")
     return ModelSpec(
         family=name,
         layers=layers,
@@ -202,7 +198,7 @@ def load_spec(path: str | Path) -> ModelSpec:
         ffn=reader.required_int("intermediate_size"),
         vocab=vocab,
         max_position=max_position,
-        rms_eps=eps,
+        rms_eps=_above(reader, "rms_norm_eps", 0, 1e-6),
         rope=_rope(reader, max_position),
         qkv_bias=attention_bias or family.fixed_qkv_bias,
         output_bias=attention_bias,
@@ -220,7 +216,9 @@ def _open(file: Path) -> _Reader:
     try:
         values = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise ModelError(f"{file}: no such file; expected the directory of a Hugging Face checkpoint") from None
+        raise ModelError(
+            f"{file}: no such file; expected the directory of a Hugging Face checkpoint"
+        ) from None
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:
@@ -238,7 +236,9 @@ def _refuse_unsupported(reader: _Reader, family: _Family) -> None:
         reader.fail("hidden_act", 'supported is "silu"')
     for key in ("quantization_config", "compression_config"):
         if reader.get(key) is not None:
-            reader.fail(key, "quantised checkpoints are not supported; use a float32, bfloat16 or float16 one")
+            reader.fail(
+                key, "quantised checkpoints are not supported; use a float32, bfloat16 or float16 one"
+            )
     if reader.optional_int("pretraining_tp", 1, low=None) not in (0, 1):
         reader.fail("pretraining_tp", "supported is 1")
     if reader.optional_float("partial_rotary_factor", 1.0) != 1.0:
@@ -249,9 +249,11 @@ def _refuse_unsupported(reader: _Reader, family: _Family) -> None:
 
 def _kv_heads(reader: _Reader, family: _Family, heads: int) -> int:
     key = "num_key_value_heads"
-    kv_heads = reader.optional_int(key, heads if reader.has(key) or family.kv_heads is None else family.kv_heads)
+    kv_heads = reader.optional_int(
+        key, heads if reader.has(key) or family.kv_heads is None else family.kv_heads
+    )
     if heads % kv_heads:
-        default = "" if reader.has(key) else f" and stands for {kv_heads}"
+        default = "" if reader.has(key) else f", which means {kv_heads} for {family.architecture}"
         reader.fail(key, f"it must divide num_attention_heads={heads}{default}")
     return kv_heads
 
@@ -324,36 +326,38 @@ def _layer_types(reader: _Reader, layers: int) -> tuple[str, ...] | None:
 
 def _rope(reader: _Reader, max_position: int) -> RopeSpec:
     """Both forms of rope settings: `rope_theta` with `rope_scaling`, and `rope_parameters`."""
-    stated_theta = reader.optional_float("rope_theta", None)
-    theta = 10000.0 if stated_theta is None else stated_theta
-    if theta <= 1:
-        reader.fail("rope_theta", "expected a number greater than 1")
+    theta = _above(reader, "rope_theta", 1, 10000.0)
     original = reader.optional_int("original_max_position_embeddings", None)
     forms = [form for key in ("rope_scaling", "rope_parameters") if (form := reader.child(key)) is not None]
     specs = [_rope_form(form, theta, original, max_position) for form in forms]
     if not specs:
         return RopeSpec(theta=theta)
     if len(specs) == 2 and specs[0] != specs[1]:
-        reader.fail("rope_parameters", f"it contradicts rope_scaling {json.dumps(reader.get('rope_scaling'))}")
-    if stated_theta is not None and specs[0].theta != stated_theta:
-        reader.fail("rope_theta", f"it contradicts the {specs[0].theta} inside {forms[0].where.split(': ')[-1]}")
+        reader.fail(
+            "rope_parameters", f"it contradicts rope_scaling {json.dumps(reader.get('rope_scaling'))}"
+        )
+    if reader.get("rope_theta") is not None and specs[0].theta != theta:
+        reader.fail(
+            "rope_theta", f"it contradicts the {specs[0].theta} inside {forms[0].where.split(': ')[-1]}"
+        )
     return specs[0]
 
 
 def _rope_form(form: _Reader, theta: float, original: int | None, max_position: int) -> RopeSpec:
     if any(isinstance(value, dict) for value in form.values.values()):
         raise ModelError(f"{form.where} differs between layer types; supported is one setting for all layers")
-    kind = form.optional_str("rope_type", None) or form.optional_str("type", "default")
+    key = "rope_type" if form.get("rope_type") is not None else "type"
+    kind = form.optional_str(key, "default")
     if kind not in _ROPE_KEYS:
-        form.fail("rope_type" if form.has("rope_type") else "type", f"supported are {', '.join(_ROPE_KEYS)}")
+        form.fail(key, f"supported are {', '.join(_ROPE_KEYS)}")
+    if form.optional_str("type", kind) != kind:
+        form.fail("type", f"it contradicts rope_type={kind}")
     for key in form.values:
         if form.get(key) is not None and key not in _ROPE_KEYS[kind] | _ROPE_COMMON:
             form.fail(key, f"rope type {kind} has no such setting")
     if form.optional_float("partial_rotary_factor", 1.0) != 1.0:
         form.fail("partial_rotary_factor", "supported is 1.0")
-    inner_theta = form.optional_float("rope_theta", theta)
-    if inner_theta <= 1:
-        form.fail("rope_theta", "expected a number greater than 1")
+    inner_theta = _above(form, "rope_theta", 1, theta)
     return _rope_scaled(form, cast("_RopeKind", kind), inner_theta, original, max_position)
 
 
@@ -379,20 +383,22 @@ def _rope_scaled(
             low_freq_factor=low,
             high_freq_factor=high,
         )
-    attention_factor = form.optional_float("attention_factor", None)
-    if attention_factor is not None and attention_factor <= 0:
-        form.fail("attention_factor", "expected a number greater than 0")
+    return _yarn(form, theta, trained, max_position)
+
+
+def _yarn(form: _Reader, theta: float, trained: int, max_position: int) -> RopeSpec:
+    stated = form.get("attention_factor") is not None
     implied = form.has("factor") and form.get("factor") is None
     return RopeSpec(
         theta=theta,
-        kind=kind,
+        kind="yarn",
         factor=max_position / trained if implied else _factor(form),
         original_max_position=trained,
         beta_fast=form.optional_float("beta_fast", 32.0) or 32.0,
         beta_slow=form.optional_float("beta_slow", 1.0) or 1.0,
         mscale=form.optional_float("mscale", 0.0),
         mscale_all_dim=form.optional_float("mscale_all_dim", 0.0),
-        attention_factor=attention_factor,
+        attention_factor=_above(form, "attention_factor", 0, 1.0) if stated else None,
         truncate=form.optional_bool("truncate", True),
     )
 
@@ -402,6 +408,13 @@ def _factor(form: _Reader) -> float:
     if factor < 1:
         form.fail("factor", "expected a number of at least 1")
     return factor
+
+
+def _above(reader: _Reader, key: str, bound: float, default: float) -> float:
+    value = reader.optional_float(key, default)
+    if value <= bound:
+        reader.fail(key, f"expected a number greater than {bound}")
+    return value
 
 
 def _dtype(reader: _Reader) -> DType:

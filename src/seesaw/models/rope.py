@@ -43,7 +43,7 @@ def apply_rotation(x: Tensor, turn: Rotation) -> Tensor:
 
     Channel i pairs with channel `i + head_dim / 2` (the rotate-half convention).
     """
-    halves = x.unflatten(-1, (2, -1))
+    halves = x.view(*x.shape[:-1], 2, -1)
     out = halves * turn.cos
     out[:, :, 0].addcmul_(halves[:, :, 1], turn.sin[:, 0], value=-1)
     out[:, :, 1].addcmul_(halves[:, :, 0], turn.sin[:, 0])

@@ -1,0 +1,1 @@
+"""What fits, and (to come) what is fastest. No torch."""

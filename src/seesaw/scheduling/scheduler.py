@@ -129,6 +129,10 @@ class Scheduler:
         """Whether the engine should add more requests before it calls `schedule`."""
         return len(self.waiting) < 2 * self.config.max_running * len(self.replicas) + 64
 
+    def live(self) -> list[Sequence]:
+        """Sequences that have not ended."""
+        return [s for s in self._sequences.values() if s.status is not Status.FINISHED]
+
     def take_finished(self) -> list[Sequence]:
         """Sequences that ended since the last call."""
         finished, self._finished = self._finished, []

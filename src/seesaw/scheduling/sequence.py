@@ -86,6 +86,11 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def ended_by_token(self) -> bool:
+        """Whether its last token is one that ends it, and so no part of its text."""
+        return self.finish_reason == "stop" and self.tokens[-1] in self.stop_ids
+
+    @property
     def idle(self) -> bool:
         """Whether nothing in flight touches it."""
         return self.forwards == 0 and self.copies == 0

@@ -1,0 +1,45 @@
+# Every target sets up what it needs; `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-all check format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup  ## 2,000 orders through a tiny trained model under P2->T2, then the score
+	mkdir -p out
+	$(BIN)/seesaw run --model examples/extract/model --input examples/extract/orders.jsonl \
+	  --output out/orders.jsonl --plan 'P2->T2' --ranks 2 --device cpu \
+	  --device-memory 24MiB --host-kv 64MiB
+	$(BIN)/python examples/extract/score.py out/orders.jsonl examples/extract/orders.expected.jsonl --minimum 0.98
+
+test: setup  ## the suite without what is slow or needs a GPU
+	$(BIN)/python -m pytest
+
+test-all: setup  ## everything this machine can run
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: setup  ## format, lint, types, import directions, spelling
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+	$(BIN)/codespell src tests docs examples README.md CHANGELOG.md CONTRIBUTING.md
+
+format: setup
+	$(BIN)/ruff format src tests examples
+	$(BIN)/ruff check --fix src tests examples
+
+bench: setup  ## total tokens per second of a few plans on a dummy model
+	$(BIN)/python benchmarks/plans.py
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,120 @@
+"""Attention on CPU ranks by the native kernel (`native/paged_attention.cpp`)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from seesaw.attention.base import AttentionBatch
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PROBLEMS = {
+    1: "a slot lies outside the pool",
+    2: "a block table names a block outside the pool",
+    3: "an unknown type",
+    4: "query starts or context starts make no sense",
+    5: "no memory for scratch space",
+}
+
+
+class _Arguments(ctypes.Structure):
+    """`seesaw::Arguments`; strides count elements."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "pool", "out")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query_starts", "context_starts", "block_tables", "slot_mapping")
+        ),
+        *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride")),
+        *((name, ctypes.c_int64) for name in ("blocks", "block_stride", "table_width")),
+        *((name, ctypes.c_int64) for name in ("tokens", "sequences", "q_heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("block_size", "head_dim", "window")),
+        *((name, ctypes.c_int32) for name in ("q_dtype", "pool_dtype", "threads")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class CpuAttention:
+    """One kernel for decode, prefill and mixed batches; K and V are read where they lie in the pool.
+
+    Runs on the calling thread, or on `torch.get_num_threads()` OpenMP threads if that is more than one. A
+    row's result depends on its query and context only: it is the same bit for bit whether a prompt is fed
+    whole, in chunks or token by token, and whatever else is in the batch.
+    """
+
+    name = "cpu"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._attend = library.seesaw_attend
+        self._attend.argtypes = (ctypes.POINTER(_Arguments),)
+        self._attend.restype = ctypes.c_int32
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pool_layer: Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        if k.dtype != pool_layer.dtype:
+            k, v = k.to(pool_layer.dtype), v.to(pool_layer.dtype)
+        tokens, q_heads, head_dim = q.shape
+        blocks, _, kv_heads, block_size, _ = pool_layer.shape
+        _check(q, k, v, pool_layer, batch)
+        out = torch.empty((tokens, q_heads * head_dim), dtype=q.dtype)
+        arguments = _Arguments(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            pool_layer.data_ptr(),
+            out.data_ptr(),
+            batch.query_starts.data_ptr(),
+            batch.context_starts.data_ptr(),
+            batch.block_tables.data_ptr(),
+            batch.slot_mapping.data_ptr(),
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            blocks,
+            pool_layer.stride(0),
+            batch.block_tables.shape[1],
+            tokens,
+            batch.context_starts.shape[0],
+            q_heads,
+            kv_heads,
+            block_size,
+            head_dim,
+            window or 0,
+            _DTYPES[q.dtype],
+            _DTYPES[pool_layer.dtype],
+            torch.get_num_threads(),
+            scale,
+        )
+        status = self._attend(ctypes.byref(arguments))
+        assert status == 0, f"attention over {blocks} blocks of {block_size}: {_PROBLEMS[status]}"
+        return out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, pool_layer: Tensor, batch: AttentionBatch) -> None:
+    """What the kernel takes for granted; it reads memory by these shapes."""
+    tokens, q_heads, head_dim = q.shape
+    _, pair, kv_heads, block_size, _ = pool_layer.shape
+    plane = block_size * head_dim
+    for rows in (q, k, v):
+        assert rows.stride(2) == 1 and (rows.stride(1) == head_dim or rows.shape[1] == 1), rows.stride()
+    assert k.shape == v.shape == (tokens, kv_heads, head_dim), (q.shape, k.shape, v.shape)
+    inner = (kv_heads * plane, plane, head_dim, 1)
+    assert pair == 2 and pool_layer.stride()[1:] == inner, pool_layer.stride()
+    assert pool_layer.shape[4] == head_dim and head_dim % 8 == 0 and q_heads % kv_heads == 0, q.shape
+    assert batch.slot_mapping.dtype == torch.int64 and batch.slot_mapping.shape == (tokens,)
+    for tensor in (batch.query_starts, batch.context_starts, batch.block_tables):
+        assert tensor.dtype == torch.int32 and tensor.is_contiguous()
+    assert batch.query_starts.shape[0] == batch.context_starts.shape[0] + 1 == batch.block_tables.shape[0] + 1

@@ -1,0 +1,43 @@
+"""`EngineStats`: where an engine stands, for progress, summaries and metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionRecord:
+    """One change of layout: where to, bytes copied from the host store (all ranks), seconds, mode."""
+
+    target: str
+    bytes: int
+    seconds: float
+    mode: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot. Counts are since the engine started; bytes are bytes, times are seconds."""
+
+    plan: str
+    phase: str
+    """`prefill`, `decode`, `mixed`, `transition` or `idle`."""
+    requests_waiting: int
+    requests_running: int
+    requests_finished: int
+    requests_failed: int
+    prompt_tokens: int
+    output_tokens: int
+    elapsed_seconds: float
+    seconds_per_phase: dict[str, float]
+    """Time the engine waited for its ranks, by what they were doing."""
+    transitions: tuple[TransitionRecord, ...]
+    swapped_out_bytes: int
+    swapped_in_bytes: int
+    preemptions_swapped: int
+    preemptions_recomputed: int
+    device_memory_peak_bytes: tuple[int, ...]
+    """Per rank: weights at their most, activations, KV pool."""
+    device_memory_budget_bytes: int
+    host_kv_peak_bytes: int
+    host_kv_budget_bytes: int

@@ -1,0 +1,224 @@
+"""From what a user asks for to what is started: model, plan, shardings and memory, resolved and checked.
+
+Everything here happens before any worker exists, so every refusal is one sentence and costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast, get_args
+
+import psutil
+
+from seesaw.core.errors import ConfigError, LayoutError, ModelError
+from seesaw.core.layout import Layout, Plan
+from seesaw.core.model_spec import DTYPE_BYTES, ModelSpec
+from seesaw.core.units import parse_bytes
+from seesaw.models.hf_config import load_spec
+from seesaw.planning.memory import MemoryBudget, MemoryPlan, TransitionMode, plan_memory
+from seesaw.scheduling.config import PolicyName, SchedulerConfig
+from seesaw.weights.sharding import Sharding, assign_ranks, check_layout, make_sharding
+from seesaw.weights.stages import head_weight_in_layers
+
+if TYPE_CHECKING:
+    from seesaw.execution.local import LocalExecutor
+
+logger = logging.getLogger(__name__)
+
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a user may ask of an engine; None leaves the choice to Seesaw."""
+
+    model: str
+    """A directory with `config.json` and safetensors files."""
+    plan: str = "auto"
+    ranks: int | None = None
+    device: str = "cpu"
+    device_memory: int | str | None = None
+    """Budget per rank, in bytes or as `"8GiB"`."""
+    host_kv: int | str | None = None
+    """Budget of the host KV buffer of the node."""
+    dtype: str = "auto"
+    load_format: str = "auto"
+    policy: str | None = None
+    max_model_len: int | None = None
+    seed: int = 0
+    chunk: int | None = None
+    """Most tokens of a batch that holds prefill."""
+    max_running: int = 256
+    """Most sequences decoding at once on one replica."""
+    block_size: int = 16
+    transition: str = "auto"
+    overlap: bool = True
+    threads_per_rank: int = 1
+    attention: str | None = None
+    start_timeout: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A checked plan: what `start` starts and the scheduler drives."""
+
+    options: Options
+    spec: ModelSpec
+    plan: Plan
+    shardings: tuple[Sharding, Sharding]
+    dtype: str
+    dummy: bool
+    device_memory: int
+    host_kv: int
+    memory: MemoryPlan
+    scheduler: SchedulerConfig
+
+    def start(self) -> LocalExecutor:
+        """Start one worker per rank and wait until all are ready."""
+        from seesaw.execution.start import start_local
+
+        return start_local(self)
+
+
+def resolve(options: Options) -> Deployment:
+    """Choose what was left open and check everything. Raises a `ConfigError`."""
+    _check_choices(options)
+    spec = load_spec(options.model)
+    dummy = options.load_format == "dummy"
+    if not dummy:
+        _check_weights(options.model, spec)
+    plan = _choose_plan(options, spec)
+    shardings = _shardings(spec, plan)
+    dtype = _choose_dtype(options, spec)
+    device_memory, host_kv = _budgets(options, plan)
+    chunk = options.chunk or 2048
+    memory = plan_memory(
+        spec,
+        shardings,
+        dtype,
+        MemoryBudget(
+            device=device_memory,
+            host_kv=host_kv,
+            block_size=options.block_size,
+            max_batch_tokens=chunk,
+            max_running=options.max_running,
+            max_model_len=options.max_model_len,
+            two_phases=plan.separate,
+            mode=None if options.transition == "auto" else cast(TransitionMode, options.transition),
+        ),
+    )
+    if options.max_model_len is None and memory.max_model_len < spec.max_position:
+        logger.info("max_model_len is %d, what the memory budgets leave room for", memory.max_model_len)
+    policy = options.policy or ("seesaw" if plan.separate else "chunked")
+    scheduler = SchedulerConfig(
+        plan=plan,
+        policy=cast(PolicyName, policy),
+        block_size=options.block_size,
+        device_blocks=memory.device_blocks,
+        host_blocks=memory.host_blocks,
+        max_model_len=memory.max_model_len,
+        max_batch_tokens=chunk,
+        max_running=options.max_running,
+        overlap=options.overlap,
+        seed=options.seed,
+    )
+    return Deployment(
+        options=options,
+        spec=spec,
+        plan=plan,
+        shardings=shardings,
+        dtype=dtype,
+        dummy=dummy,
+        device_memory=device_memory,
+        host_kv=host_kv,
+        memory=memory,
+        scheduler=scheduler,
+    )
+
+
+def _check_choices(options: Options) -> None:
+    if options.device != "cpu":
+        raise ConfigError(f"device {options.device!r}: this version runs on 'cpu' only")
+    choices = {
+        "dtype": ("auto", *DTYPE_BYTES),
+        "load_format": get_args(LoadFormat),
+        "transition": ("auto", *get_args(TransitionMode)),
+    }
+    for name, allowed in choices.items():
+        if getattr(options, name) not in allowed:
+            raise ConfigError(f"{name} {getattr(options, name)!r}: choose one of {', '.join(allowed)}")
+    for name in ("ranks", "max_model_len", "chunk", "max_running", "block_size", "threads_per_rank"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value}: must be at least 1")
+
+
+def _check_weights(model: str, spec: ModelSpec) -> None:
+    """Open the checkpoint once, so that whatever is wrong with it is said before workers start."""
+    from seesaw.weights.store import HostWeightStore
+
+    if not Path(model).is_dir():
+        raise ModelError(f"model {model!r}: no such directory")
+    HostWeightStore.open(Path(model), spec).close()
+
+
+def _choose_plan(options: Options, spec: ModelSpec) -> Plan:
+    if options.plan == "auto":
+        ranks = options.ranks or min(8, len(os.sched_getaffinity(0)))
+        plan = _default_plan(ranks, spec)
+    else:
+        plan = Plan.parse(options.plan)
+        if options.ranks is not None and options.ranks != plan.world:
+            raise LayoutError(f"plan {plan} has {plan.world} ranks, but ranks={options.ranks} was asked for")
+    for layout in {plan.prefill, plan.decode}:
+        check_layout(spec, layout)
+    return plan
+
+
+def _default_plan(ranks: int, spec: ModelSpec) -> Plan:
+    """Pipeline for prefill, tensor parallelism for decode, as far as the model divides."""
+    if ranks == 1:
+        return Plan.parse("T1")
+    for prefill in (Layout(pp=ranks), Layout(dp=ranks)):
+        try:
+            plan = Plan(prefill, Layout(tp=ranks), separate=True)
+            check_layout(spec, plan.prefill)
+            check_layout(spec, plan.decode)
+        except LayoutError:
+            continue
+        return plan
+    return Plan.parse(f"D{ranks}")
+
+
+def _shardings(spec: ModelSpec, plan: Plan) -> tuple[Sharding, Sharding]:
+    """Stages balanced for what each phase does: the LM head runs on one token of a prompt, but at every step
+    of decode. Ranks take the places that move least."""
+    head = head_weight_in_layers(spec)
+    if not plan.reshards:
+        both = make_sharding(spec, plan.prefill, head_weight=head)
+        return both, both
+    prefill = make_sharding(spec, plan.prefill, head_weight=0.0)
+    decode = make_sharding(spec, plan.decode, head_weight=head)
+    return prefill, assign_ranks(spec, prefill, decode)
+
+
+def _choose_dtype(options: Options, spec: ModelSpec) -> str:
+    if options.dtype != "auto":
+        return options.dtype
+    if spec.dtype == "float16":
+        logger.info("dtype: the float16 checkpoint runs in bfloat16 on the CPU; --dtype float32 keeps all digits")
+        return "bfloat16"
+    return spec.dtype
+
+
+def _budgets(options: Options, plan: Plan) -> tuple[int, int]:
+    """Bytes per rank and of the host buffer. Left open, they are shares of the memory that is free now."""
+    free = psutil.virtual_memory().available
+    default_host = min(free // 4, 32 << 30) if plan.separate else min(free // 10, 4 << 30)
+    host_kv = default_host if options.host_kv is None else parse_bytes(options.host_kv)
+    if options.device_memory is not None:
+        return parse_bytes(options.device_memory), host_kv
+    return max(int(free * 0.7 - host_kv) // plan.world, 1), host_kv

@@ -1,0 +1,283 @@
+"""`Engine`: the loop that joins the scheduler to an executor and tokens to text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from seesaw.core.actions import ChosenToken, Completion, CopiesDone, SwapIn, Transition, TransitionDone
+from seesaw.core.errors import EngineError, RequestError
+from seesaw.core.request import CompletionOutput, Request, RequestOutput, TokenLogprob
+from seesaw.core.stats import EngineStats, TransitionRecord
+from seesaw.execution.base import Executor
+from seesaw.scheduling.scheduler import Scheduler
+from seesaw.scheduling.sequence import Sequence
+from seesaw.text import TextState, Tokenizer
+
+if TYPE_CHECKING:
+    from seesaw.deployment import Deployment
+
+
+@dataclass(slots=True)
+class _Job:
+    """A request being served: its sequences, ended and not."""
+
+    request: Request
+    left: int
+    outputs: list[CompletionOutput] = field(default_factory=list)
+
+
+class Engine:
+    """Serves requests until their source is exhausted.
+
+    Owns the loop and the text of running sequences; the scheduler owns tokens and blocks, the executor the
+    ranks. Not thread-safe: one `run` at a time.
+    """
+
+    def __init__(
+        self, deployment: Deployment, executor: Executor, tokenizer: Tokenizer | None
+    ) -> None:
+        self._deployment, self._executor, self._tokenizer = deployment, executor, tokenizer
+        self._scheduler = Scheduler(deployment.scheduler)
+        self._jobs: dict[int, _Job] = {}
+        """By sequence id; the sequences of one request share a job."""
+        self._texts: dict[int, TextState] = {}
+        """Text so far of the sequences that have stop strings."""
+        self._eos = frozenset(deployment.spec.eos_token_ids) | frozenset(
+            tokenizer.eos_token_ids if tokenizer is not None else ()
+        )
+        self._swap_ins: set[int] = set()
+        self._done: list[RequestOutput] = []
+        self._failed = 0
+        self._finished = 0
+        self._started = time.monotonic()
+        self._seconds: dict[str, float] = {}
+        self._records: list[TransitionRecord] = []
+        self._changing: dict[int, int] = {}
+        """Transitions in flight: action id → phase."""
+        self._swapped_out_bytes = 0
+        self._swapped_in_bytes = 0
+
+    # ---- the loop -----------------------------------------------------------------------------------------
+
+    def run(self, requests: Iterator[Request]) -> Iterator[RequestOutput]:
+        """Serve `requests`, pulled as there is room for them; yields each as soon as it is whole.
+
+        A request that cannot be served comes out with `error` set. Raises `EngineError` if a rank fails.
+        Closing the iterator early gives the remaining requests up.
+        """
+        source: Iterator[Request] | None = iter(requests)
+        try:
+            while True:
+                source = self._take_in(source)
+                yield from self._take_done()
+                if source is None and not self._scheduler.unfinished:
+                    return
+                self._submit()
+                self._await()
+        finally:
+            self._give_up()
+
+    def _take_in(self, source: Iterator[Request] | None) -> Iterator[Request] | None:
+        while source is not None and self._scheduler.wants_requests:
+            request = next(source, None)
+            if request is None:
+                source = None
+            else:
+                self._add(request)
+        self._scheduler.more_expected = source is not None
+        return source
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._check(request)
+            stops = frozenset(request.sampling.stop_token_ids)
+            sequences = self._scheduler.add(request, stops if request.sampling.ignore_eos else stops | self._eos)
+        except RequestError as error:
+            self._failed += 1
+            self._done.append(
+                RequestOutput(
+                    request_id=request.id,
+                    prompt=request.prompt,
+                    prompt_token_ids=request.prompt_token_ids,
+                    error=error,
+                )
+            )
+            return
+        job = _Job(request, len(sequences))
+        for sequence in sequences:
+            self._jobs[sequence.id] = job
+            if request.sampling.stop and self._tokenizer is not None:
+                self._texts[sequence.id] = TextState(self._tokenizer, request.sampling)
+
+    def _check(self, request: Request) -> None:
+        vocab = self._deployment.spec.vocab
+        outside = next((t for t in request.prompt_token_ids if not 0 <= t < vocab), None)
+        if outside is not None:
+            raise RequestError(
+                f"prompt token {outside} is outside the vocabulary of {vocab}", code="invalid_token", param="prompt"
+            )
+        if request.sampling.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokeniser; use stop_token_ids", code="no_tokenizer", param="stop")
+
+    def _submit(self) -> None:
+        actions = self._scheduler.schedule()
+        for action in actions:
+            if isinstance(action, SwapIn):
+                self._swap_ins.add(action.id)
+            elif isinstance(action, Transition):
+                self._changing[action.id] = action.target
+            self._executor.submit(action)
+        if not actions and not self._scheduler.in_flight:
+            raise EngineError(
+                f"the scheduler stands still with {self._scheduler.unfinished} sequences unfinished; this is a bug"
+            )
+
+    def _await(self) -> None:
+        label, before = self._activity(), time.monotonic()
+        completions = self._executor.wait()
+        self._seconds[label] = self._seconds.get(label, 0.0) + time.monotonic() - before
+        for completion in completions:
+            self._complete(completion)
+        for sequence in self._scheduler.take_finished():
+            self._finish(sequence)
+
+    def _activity(self) -> str:
+        if self._changing:
+            return "transition"
+        if not self._deployment.plan.separate:
+            return "mixed"
+        return ("prefill", "decode")[self._scheduler.phase]
+
+    def _complete(self, completion: Completion) -> None:
+        if isinstance(completion, CopiesDone):
+            if completion.id in self._swap_ins:
+                self._swap_ins.discard(completion.id)
+                self._swapped_in_bytes += completion.bytes
+            else:
+                self._swapped_out_bytes += completion.bytes
+        elif isinstance(completion, TransitionDone):
+            target = self._deployment.shardings[self._changing.pop(completion.id)].layout
+            mode = self._deployment.memory.mode
+            self._records.append(TransitionRecord(str(target), completion.bytes, completion.seconds, mode))
+        for sequence in self._scheduler.complete(completion):
+            self._watch_text(sequence)
+
+    def _watch_text(self, sequence: Sequence) -> None:
+        """Feed the new token of a sequence with stop strings to its text; end it when one appears."""
+        text = self._texts.get(sequence.id)
+        if text is not None and not sequence.ended_by_token:
+            stop = text.push(sequence.tokens[-1])
+            if stop is not None:
+                if sequence.finish_reason is None:
+                    self._scheduler.finish(sequence, "stop", stop)
+                else:
+                    sequence.finish_reason, sequence.stop_reason = "stop", stop
+
+    def _finish(self, sequence: Sequence) -> None:
+        job = self._jobs.pop(sequence.id)
+        job.outputs.append(self._output(sequence))
+        job.left -= 1
+        if job.left == 0:
+            job.outputs.sort(key=lambda output: output.index)
+            self._finished += 1
+            self._done.append(
+                RequestOutput(
+                    request_id=job.request.id,
+                    prompt=job.request.prompt,
+                    prompt_token_ids=job.request.prompt_token_ids,
+                    outputs=job.outputs,
+                )
+            )
+
+    def _output(self, sequence: Sequence) -> CompletionOutput:
+        tokens = sequence.output_token_ids
+        state = self._texts.pop(sequence.id, None)
+        text = ""
+        if state is not None:
+            text = state.finish()
+        elif self._tokenizer is not None:
+            said = tokens[:-1] if sequence.ended_by_token else tokens
+            text = self._tokenizer.decode(
+                said, skip_special_tokens=sequence.request.sampling.skip_special_tokens
+            )
+        return CompletionOutput(
+            index=sequence.index,
+            token_ids=tokens,
+            text=text,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+            logprobs=self._logprobs(tokens, sequence.logprobs),
+        )
+
+    def _logprobs(
+        self, tokens: list[int], chosen: list[ChosenToken | None]
+    ) -> list[dict[int, TokenLogprob]] | None:
+        if not chosen:
+            return None
+        positions = []
+        for token, choice in zip(tokens, chosen, strict=True):
+            assert choice is not None
+            entries = {token: TokenLogprob(choice.logprob, choice.rank, self._token_text(token))}
+            for rank, (other, logprob) in enumerate(choice.top, 1):
+                entries.setdefault(other, TokenLogprob(logprob, rank, self._token_text(other)))
+            positions.append(entries)
+        return positions
+
+    def _token_text(self, token: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.decode([token], skip_special_tokens=False)
+
+    def _take_done(self) -> list[RequestOutput]:
+        done, self._done = self._done, []
+        return done
+
+    def _give_up(self) -> None:
+        """End what is unfinished and let the ranks come to rest, so that another `run` starts clean."""
+        unfinished = self._scheduler.live()
+        if not unfinished:
+            return
+        for sequence in unfinished:
+            self._scheduler.finish(sequence, "abort")
+        self._scheduler.take_finished()
+        self._jobs.clear()
+        self._texts.clear()
+        try:
+            while self._scheduler.in_flight:
+                for completion in self._executor.wait():
+                    self._scheduler.complete(completion)
+        except EngineError:
+            return  # the ranks are gone; whoever closes the engine learns no more from it
+        self._changing.clear()
+
+    # ---- statistics ---------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Where the engine stands."""
+        scheduler, memory = self._scheduler, self._deployment.memory
+        counters = scheduler.counters
+        block = self._deployment.spec.kv_bytes_per_token(self._deployment.dtype) * scheduler.config.block_size
+        return EngineStats(
+            plan=str(self._deployment.plan),
+            phase=self._activity() if scheduler.unfinished else "idle",
+            requests_waiting=len(scheduler.waiting),
+            requests_running=sum(replica.resident for replica in scheduler.replicas),
+            requests_finished=self._finished,
+            requests_failed=self._failed,
+            prompt_tokens=counters.prompt_tokens,
+            output_tokens=counters.output_tokens,
+            elapsed_seconds=time.monotonic() - self._started,
+            seconds_per_phase=dict(self._seconds),
+            transitions=tuple(self._records),
+            swapped_out_bytes=self._swapped_out_bytes,
+            swapped_in_bytes=self._swapped_in_bytes,
+            preemptions_swapped=counters.swapped_out,
+            preemptions_recomputed=counters.recomputed,
+            device_memory_peak_bytes=tuple(
+                w + s + p for w, s, p in zip(memory.weights, memory.workspace, memory.pool, strict=True)
+            ),
+            device_memory_budget_bytes=self._deployment.device_memory,
+            host_kv_peak_bytes=scheduler.host.peak * block,
+            host_kv_budget_bytes=self._deployment.host_kv,
+        )

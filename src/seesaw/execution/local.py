@@ -1,0 +1,262 @@
+"""`LocalExecutor`: worker processes on this node, one per rank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from seesaw.core.actions import (
+    Action,
+    Completion,
+    CopiesDone,
+    Forward,
+    ForwardDone,
+    SwapIn,
+    SwapOut,
+    TransitionDone,
+)
+from seesaw.core.errors import EngineError, StartupError, WorkerError
+from seesaw.execution.fork_server import fork_server
+from seesaw.execution.messages import (
+    CopiesAck,
+    Failed,
+    FromWorker,
+    Ready,
+    Shutdown,
+    ToWorker,
+    TransitionAck,
+    WorkerConfig,
+)
+from seesaw.kv.host_buffer import HostBuffer
+from seesaw.weights.sharding import Sharding
+from seesaw.weights.store import HostWeightStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Acknowledgements still to come for an action, and what has been reported of it."""
+
+    left: int
+    bytes: int = 0
+    seconds: float = 0.0
+    started: float = float("inf")
+    ended: float = 0.0
+
+
+@dataclass(slots=True)
+class _Rank:
+    """The control process's end of one worker."""
+
+    pid: int
+    pidfd: int
+    inbox: zmq.Socket[bytes]
+    ready: Ready | None = None
+
+
+class LocalExecutor:
+    """Starts the workers, hands actions out and gathers acknowledgements.
+
+    Owns the worker processes and the sockets; `host_buffer` and `store` are given to it and closed with it.
+    Nothing of all this has a name in the file system but a directory in which the ranks meet, removed when
+    they are up; the kernel frees the rest with the processes.
+    """
+
+    def __init__(
+        self,
+        configs: list[WorkerConfig],
+        shardings: list[Sharding],
+        *,
+        host_buffer: HostBuffer | None,
+        store: HostWeightStore | None,
+    ) -> None:
+        self._configs, self._shardings = configs, shardings
+        self._host_buffer, self._store = host_buffer, store
+        self._current = 0
+        self._pending: dict[int, _Pending] = {}
+        self._forwards_out = 0
+        self._ranks: list[_Rank] = []
+        self._closed = False
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._outbox = self._context.socket(zmq.PULL)
+        self._poller = zmq.Poller()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+        meeting = tempfile.mkdtemp(prefix="seesaw-")
+        try:
+            self._start(os.path.join(meeting, "rendezvous"))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            shutil.rmtree(meeting, ignore_errors=True)
+
+    # ---- start and end ------------------------------------------------------------------------------------
+
+    def _start(self, rendezvous: str) -> None:
+        name = uuid.uuid4().hex
+        outbox = f"ipc://@seesaw-{name}"  # abstract: it vanishes with the last process that has it open
+        self._outbox.bind(outbox)
+        self._poller.register(self._outbox, zmq.POLLIN)
+        server = fork_server()
+        for config in self._configs:
+            inbox = self._context.socket(zmq.PUSH)
+            inbox.setsockopt(zmq.SNDHWM, 0)
+            address = f"{outbox}-{config.rank}"
+            inbox.bind(address)
+            config = msgspec.structs.replace(config, inbox=address, outbox=outbox, rendezvous=rendezvous)
+            pid = server.fork(config)
+            self._ranks.append(_Rank(pid, os.pidfd_open(pid), inbox))
+            self._poller.register(self._ranks[-1].pidfd, zmq.POLLIN)
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        timeout = self._configs[0].start_timeout
+        deadline = time.monotonic() + timeout
+        while any(rank.ready is None for rank in self._ranks):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                late = [r for r, rank in enumerate(self._ranks) if rank.ready is None]
+                raise StartupError(f"ranks {late} were not ready after {timeout:.0f} s")
+            for message in self._receive(left):
+                assert isinstance(message, Ready)
+                self._ranks[message.rank].ready = message
+
+    def close(self) -> None:
+        """End all workers: politely when nothing is outstanding, by SIGKILL otherwise."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._pending and not self._forwards_out and all(rank.ready is not None for rank in self._ranks):
+            self._send(range(len(self._ranks)), Shutdown())
+            self._await_exit(5.0)
+        for rank in self._ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, signal.SIGKILL)
+        self._await_exit(5.0)
+        for rank in self._ranks:
+            os.close(rank.pidfd)
+        self._context.destroy(linger=0)
+        if self._host_buffer is not None:
+            self._host_buffer.close()
+        if self._store is not None:
+            self._store.close()
+
+    def _await_exit(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for rank in self._ranks:
+            left = max(0.0, deadline - time.monotonic())
+            poller = zmq.Poller()
+            poller.register(rank.pidfd, zmq.POLLIN)
+            poller.poll(left * 1000)
+
+    # ---- actions and completions --------------------------------------------------------------------------
+
+    def submit(self, action: Action) -> None:
+        """Send an action to the ranks it concerns."""
+        match action:
+            case Forward():
+                ranks = self._members(action.replica)
+                if action.write_through:
+                    self._pending[action.id] = _Pending(len(ranks))
+                self._forwards_out += 1
+            case SwapOut() | SwapIn():
+                ranks = self._members(action.replica)
+                self._pending[action.id] = _Pending(len(ranks))
+            case _:
+                ranks = range(len(self._ranks))
+                self._current = action.target
+                self._pending[action.id] = _Pending(len(self._ranks))
+        self._send(ranks, action)
+
+    def wait(self) -> list[Completion]:
+        """Completions since the last call; blocks until there is one. Raises `WorkerError` if a rank failed."""
+        completions: list[Completion] = []
+        while not completions:
+            for message in self._receive(None):
+                completion = self._completion(message)
+                if completion is not None:
+                    completions.append(completion)
+        return completions
+
+    def _members(self, replica: int) -> list[int]:
+        sharding = self._shardings[self._current]
+        size = sharding.layout.replica_ranks
+        return list(sharding.ranks[replica * size : (replica + 1) * size])
+
+    def _send(self, ranks: Iterable[int], message: ToWorker) -> None:
+        data = self._encoder.encode(message)
+        for rank in ranks:
+            self._ranks[rank].inbox.send(data)
+
+    def _receive(self, seconds: float | None) -> list[FromWorker]:
+        """Messages that have arrived; waits up to `seconds` (None: without end) for the first."""
+        events = dict(self._poller.poll(None if seconds is None else seconds * 1000))
+        messages = []
+        if self._outbox in events:
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    messages.append(self._decoder.decode(self._outbox.recv(zmq.NOBLOCK)))
+        for message in messages:
+            if isinstance(message, Failed):
+                raise WorkerError(
+                    f"rank {message.rank} failed during {message.phase}: {message.message}",
+                    rank=message.rank,
+                    phase=message.phase,
+                    details=message.details,
+                )
+        if not messages:
+            self._check_alive(events)
+        return messages
+
+    def _check_alive(self, events: dict[object, int]) -> None:
+        for number, rank in enumerate(self._ranks):
+            if rank.pidfd in events:
+                phase = "startup" if rank.ready is None else "run"
+                raise WorkerError(
+                    f"rank {number} (process {rank.pid}) ended without a word during {phase}; it was killed, or "
+                    "ran out of memory",
+                    rank=number,
+                    phase=phase,
+                )
+
+    def _completion(self, message: FromWorker) -> Completion | None:
+        match message:
+            case ForwardDone():
+                self._forwards_out -= 1
+                return message
+            case CopiesAck():
+                pending = self._pending[message.id]
+                pending.bytes += message.bytes
+                pending.seconds = max(pending.seconds, message.seconds)
+                if self._acknowledge(message.id, pending):
+                    return CopiesDone(message.id, pending.bytes, pending.seconds)
+            case TransitionAck():
+                pending = self._pending[message.id]
+                pending.bytes += message.bytes
+                pending.started = min(pending.started, message.started)
+                pending.ended = max(pending.ended, message.ended)
+                if self._acknowledge(message.id, pending):
+                    return TransitionDone(message.id, pending.bytes, pending.ended - pending.started)
+            case _:
+                raise EngineError(f"unexpected message from a worker: {message}")
+        return None
+
+    def _acknowledge(self, action: int, pending: _Pending) -> bool:
+        pending.left -= 1
+        if pending.left == 0:
+            del self._pending[action]
+            return True
+        return False

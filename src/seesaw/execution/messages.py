@@ -1,0 +1,97 @@
+"""What the control process and the workers say to each other, besides actions; msgpack over ZeroMQ."""
+
+from __future__ import annotations
+
+import msgspec
+
+from seesaw.core.actions import Forward, ForwardDone, SwapIn, SwapOut, Transition
+from seesaw.core.model_spec import ModelSpec
+
+
+class ShardingMessage(msgspec.Struct, array_like=True, frozen=True):
+    """A `weights.sharding.Sharding` in plain numbers."""
+
+    layout: str
+    stage_layers: list[int]
+    ranks: list[int]
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a worker is told at its start."""
+
+    rank: int
+    world: int
+    control_pid: int
+    inbox: str
+    """Address at which the worker takes messages."""
+    outbox: str
+    """Address to which it reports."""
+    rendezvous: str
+    """File through which the ranks find each other."""
+    device: str
+    cores: list[int]
+    """Processor cores the worker binds to; empty leaves it unbound."""
+    threads: int
+    spec: ModelSpec
+    dtype: str
+    shardings: list[ShardingMessage]
+    transition_mode: str
+    block_size: int
+    device_blocks: list[int]
+    """Blocks of the device pool under each sharding."""
+    host_blocks: int
+    host_buffer_fd: int
+    """The host buffer's descriptor in the control process; -1 for none."""
+    model_path: str
+    dummy_fd: int
+    """The random weights' descriptor in the control process; -1 if the weights are files in `model_path`."""
+    attention: str | None
+    start_timeout: float
+    """Seconds to wait for the other ranks."""
+
+
+class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Finish what was submitted and end."""
+
+
+ToWorker = Forward | SwapOut | SwapIn | Transition | Shutdown
+
+
+class Ready(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """The worker holds its weights and waits for actions. `weight_bytes` is what it holds at most."""
+
+    rank: int
+    weight_bytes: int
+    pool_bytes: int
+
+
+class CopiesAck(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """One rank has finished its part of the copies of action `id`."""
+
+    rank: int
+    id: int
+    bytes: int
+    seconds: float
+
+
+class TransitionAck(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """One rank runs under the new sharding. Times are of the monotonic clock, which all processes share."""
+
+    rank: int
+    id: int
+    bytes: int
+    started: float
+    ended: float
+
+
+class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """A worker raised while doing `phase`, and has ended."""
+
+    rank: int
+    phase: str
+    message: str
+    details: str
+
+
+FromWorker = Ready | ForwardDone | CopiesAck | TransitionAck | Failed
+

@@ -1,0 +1,86 @@
+"""Starts the workers of a deployment on this node."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from seesaw.execution.local import LocalExecutor
+from seesaw.execution.messages import ShardingMessage, WorkerConfig
+from seesaw.kv.host_buffer import HostBuffer
+from seesaw.weights.sharding import Sharding
+from seesaw.weights.store import HostWeightStore
+
+if TYPE_CHECKING:
+    from seesaw.deployment import Deployment
+
+
+def start_local(deployment: Deployment) -> LocalExecutor:
+    """Make the shared host memory, start one worker per rank, wait until all are ready.
+
+    Raises `StartupError` or `WorkerError`; nothing is left behind then.
+    """
+    spec, memory = deployment.spec, deployment.memory
+    host_buffer = None
+    if memory.host_blocks:
+        host_buffer = HostBuffer.create(
+            blocks=memory.host_blocks,
+            layers=spec.layers,
+            kv_heads=spec.kv_heads,
+            block_size=deployment.options.block_size,
+            head_dim=spec.head_dim,
+            dtype=getattr(torch, deployment.dtype),
+        )
+    store = None
+    if deployment.dummy:
+        store = HostWeightStore.dummy(spec, deployment.dtype, deployment.options.seed)
+    shardings = list(deployment.shardings[: 2 if deployment.plan.reshards else 1])
+    configs = [
+        _worker_config(deployment, shardings, rank, host_buffer, store) for rank in range(deployment.plan.world)
+    ]
+    return LocalExecutor(configs, list(deployment.shardings), host_buffer=host_buffer, store=store)
+
+
+def _worker_config(
+    deployment: Deployment,
+    shardings: list[Sharding],
+    rank: int,
+    host_buffer: HostBuffer | None,
+    store: HostWeightStore | None,
+) -> WorkerConfig:
+    options, memory = deployment.options, deployment.memory
+    return WorkerConfig(
+        rank=rank,
+        world=deployment.plan.world,
+        control_pid=os.getpid(),
+        inbox="",  # the executor fills the addresses in
+        outbox="",
+        rendezvous="",
+        device=options.device,
+        cores=_cores(rank, options.threads_per_rank),
+        threads=options.threads_per_rank,
+        spec=deployment.spec,
+        dtype=deployment.dtype,
+        shardings=[_message(sharding) for sharding in shardings],
+        transition_mode=memory.mode,
+        block_size=options.block_size,
+        device_blocks=list(memory.device_blocks[: len(shardings)]),
+        host_blocks=memory.host_blocks,
+        host_buffer_fd=-1 if host_buffer is None else host_buffer.fd,
+        model_path=options.model,
+        dummy_fd=-1 if store is None else store.fd,
+        attention=options.attention,
+        start_timeout=options.start_timeout,
+    )
+
+
+def _message(sharding: Sharding) -> ShardingMessage:
+    return ShardingMessage(str(sharding.layout), [len(s) for s in sharding.stages], list(sharding.ranks))
+
+
+def _cores(rank: int, threads: int) -> list[int]:
+    """Neighbouring cores for each rank; ranks share cores in turn when there are too few."""
+    cores = sorted(os.sched_getaffinity(0))
+    return sorted({cores[(rank * threads + i) % len(cores)] for i in range(threads)})

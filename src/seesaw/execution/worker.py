@@ -1,0 +1,283 @@
+"""The worker process: one rank's memory, its copies, and the loop that carries out actions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import msgspec
+import torch
+import zmq
+from torch import Tensor
+
+from seesaw.attention.select import create_attention
+from seesaw.core.actions import Forward, SwapIn, SwapOut, Transition
+from seesaw.core.layout import Layout
+from seesaw.core.model_spec import DType
+from seesaw.execution.collectives import Groups, TensorParallelGroup, join_world
+from seesaw.execution.messages import (
+    CopiesAck,
+    Failed,
+    FromWorker,
+    Ready,
+    ShardingMessage,
+    Shutdown,
+    ToWorker,
+    TransitionAck,
+    WorkerConfig,
+)
+from seesaw.execution.stage import Stage
+from seesaw.kv.copy_engine import CopyEngine
+from seesaw.kv.device_pool import DevicePool
+from seesaw.kv.host_buffer import HostBuffer
+from seesaw.kv.transfers import swap_in, swap_out
+from seesaw.weights.changes import Mode
+from seesaw.weights.reshard import RankWeights
+from seesaw.weights.sharding import Sharding, rank_view
+from seesaw.weights.store import HostWeightStore
+
+logger = logging.getLogger(__name__)
+
+
+def sharding_of(message: ShardingMessage) -> Sharding:
+    """The sharding that a message describes."""
+    starts = [sum(message.stage_layers[:i]) for i in range(len(message.stage_layers))]
+    stages = tuple(range(a, a + n) for a, n in zip(starts, message.stage_layers, strict=True))
+    return Sharding(Layout.parse(message.layout), stages, tuple(message.ranks))
+
+
+class Worker:
+    """One rank. The main thread computes; a copy thread moves KV; reports may come from either."""
+
+    def __init__(self, config: WorkerConfig, report: Callable[[FromWorker], None]) -> None:
+        self.phase = "startup"
+        """What the worker is doing, for error messages."""
+        self._config, self._report = config, report
+        self._spec = config.spec
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._shardings = [sharding_of(m) for m in config.shardings]
+        self._views = [rank_view(config.spec, s, config.rank) for s in self._shardings]
+        self._attention = create_attention(config.device, config.attention, head_dim=config.spec.head_dim)
+        join_world(
+            rank=config.rank,
+            world=config.world,
+            rendezvous=config.rendezvous,
+            timeout=config.start_timeout,
+        )
+        self._groups = self._make_groups()
+        self._store = self._open_store()
+        self._weights = RankWeights(config.spec, self._store, cast(DType, config.dtype), config.rank)
+        self._weights.load(self._shardings[0])
+        self._pool = DevicePool(max(self._pool_bytes(i) for i in range(len(self._views))))
+        self._host = self._attach_host_buffer()
+        self._copies = CopyEngine()
+        self._current = 0
+        self._stage = self._make_stage()
+
+    # ---- start --------------------------------------------------------------------------------------------
+
+    def _make_groups(self) -> Groups:
+        groups = Groups()
+        for sharding in self._shardings:
+            for rank in range(self._config.world):
+                groups.make(rank_view(self._spec, sharding, rank).tp_ranks)
+        return groups
+
+    def _open_store(self) -> HostWeightStore:
+        if self._config.dummy_fd < 0:
+            return HostWeightStore.open(Path(self._config.model_path), self._spec)
+        fd = os.open(f"/proc/{self._config.control_pid}/fd/{self._config.dummy_fd}", os.O_RDONLY)
+        return HostWeightStore.attach_dummy(fd, self._spec, cast(DType, self._config.dtype))
+
+    def _pool_bytes(self, index: int) -> int:
+        view, config = self._views[index], self._config
+        elements = len(view.layers) * 2 * len(view.kv_heads) * config.block_size * self._spec.head_dim
+        return config.device_blocks[index] * elements * self._dtype.itemsize
+
+    def _attach_host_buffer(self) -> HostBuffer | None:
+        config = self._config
+        if config.host_buffer_fd < 0:
+            return None
+        fd = os.open(f"/proc/{config.control_pid}/fd/{config.host_buffer_fd}", os.O_RDWR)
+        return HostBuffer.attach(
+            fd,
+            blocks=config.host_blocks,
+            layers=self._spec.layers,
+            kv_heads=self._spec.kv_heads,
+            block_size=config.block_size,
+            head_dim=self._spec.head_dim,
+            dtype=self._dtype,
+        )
+
+    def _make_stage(self) -> Stage:
+        view, sharding = self._views[self._current], self._shardings[self._current]
+        self._pool.view(
+            blocks=self._config.device_blocks[self._current],
+            layers=len(view.layers),
+            kv_heads=len(view.kv_heads),
+            block_size=self._config.block_size,
+            head_dim=self._spec.head_dim,
+            dtype=self._dtype,
+        )
+        widths = [len(rank_view(self._spec, sharding, rank).vocab) for rank in view.tp_ranks]
+        return Stage(
+            spec=self._spec,
+            view=view,
+            vocab_widths=widths,
+            weights=self._weights.tensors,
+            dtype=self._dtype,
+            group=TensorParallelGroup(view, self._groups.get(view.tp_ranks)),
+            pool=self._pool,
+            attention=self._attention,
+            block_size=self._config.block_size,
+        )
+
+    def ready(self) -> Ready:
+        """What the worker holds, once it is up."""
+        weights = sum(t.numel() * t.element_size() for t in self._weights.tensors.values())
+        return Ready(self._config.rank, weights, max(self._pool_bytes(i) for i in range(len(self._views))))
+
+    # ---- actions ------------------------------------------------------------------------------------------
+
+    def handle(self, message: ToWorker) -> None:
+        """Carry out one message; copies go on beside."""
+        match message:
+            case Forward():
+                self.phase = "forward"
+                self._forward(message)
+            case SwapOut():
+                self.phase = "swap-out"
+                pairs = torch.tensor(message.pairs)
+                self._copies.submit(lambda: self._swap_out(pairs, None), self._acknowledge(message.id))
+            case SwapIn():
+                self.phase = "swap-in"
+                pairs = torch.tensor(message.pairs)
+                self._copies.submit(lambda: self._swap_in(pairs), self._acknowledge(message.id))
+            case Transition():
+                self.phase = "transition"
+                self._transition(message)
+            case Shutdown():
+                pass
+
+    def _forward(self, forward: Forward) -> None:
+        """Run a micro-batch. Each layer's KV is copied out behind the layers that follow it."""
+        after_layer = None
+        moved = 0
+        if forward.write_through:
+            pairs = torch.tensor(forward.write_through)
+
+            def copy(layer: int) -> int:
+                nonlocal moved
+                moved += self._swap_out(pairs, layer)
+                return moved
+
+            def after_layer(layer: int) -> None:
+                self._copies.submit(lambda: copy(layer))
+
+        done = self._stage.run(forward, after_layer)
+        if done is not None:
+            self._report(done)
+        if forward.write_through:
+            self._copies.submit(lambda: moved, self._acknowledge(forward.id))
+
+    def _acknowledge(self, action: int) -> Callable[[int, float], None]:
+        return lambda moved, seconds: self._report(CopiesAck(self._config.rank, action, moved, seconds))
+
+    def _swap_out(self, pairs: Tensor, layer: int | None) -> int:
+        """Copy this rank's slabs out; of ranks that share a replicated KV head only one copies."""
+        view = self._views[self._current]
+        if not view.owns_kv:
+            return 0
+        host = self._host_blocks()
+        return swap_out(self._pool.blocks, host, pairs, layers=view.layers, kv_heads=view.kv_heads, layer=layer)
+
+    def _swap_in(self, pairs: Tensor) -> int:
+        view, host = self._views[self._current], self._host_blocks()
+        return swap_in(self._pool.blocks, host, pairs, layers=view.layers, kv_heads=view.kv_heads)
+
+    def _host_blocks(self) -> Tensor:
+        assert self._host is not None, "a copy to the host without a host buffer"
+        return self._host.tensor
+
+    def _transition(self, action: Transition) -> None:
+        started = time.monotonic()
+        self._stage.finish()
+        self._copies.drain()
+        del self._stage  # its decoder holds weights that the transition is to free
+        stats = self._weights.transition(self._shardings[action.target], cast(Mode, self._config.transition_mode))
+        self._current = action.target
+        self._stage = self._make_stage()
+        ack = TransitionAck(self._config.rank, action.id, stats.bytes_fetched, started, time.monotonic())
+        self._report(ack)
+
+    def close(self) -> None:
+        """Finish copies and sends."""
+        self.phase = "shutdown"
+        self._stage.finish()
+        self._copies.drain()
+        self._copies.close()
+
+
+def _watch_control(pid: int) -> None:
+    """End this process when the control process does, even if the fork server was killed first."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([fd], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch-control").start()
+
+
+def worker_main(config: WorkerConfig) -> int:
+    """Run a worker until it is told to shut down; returns the process's exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the control process's business
+    _watch_control(config.control_pid)
+    if config.cores:
+        os.sched_setaffinity(0, config.cores)
+    torch.set_num_threads(config.threads)
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox.connect(config.inbox)
+    outbox.connect(config.outbox)
+    lock = threading.Lock()  # the copy thread reports too
+
+    def report(message: FromWorker) -> None:
+        data = msgspec.msgpack.encode(message)
+        with lock:
+            outbox.send(data)
+
+    worker: Worker | None = None
+    try:
+        worker = Worker(config, report)
+        report(worker.ready())
+        _serve(worker, inbox)
+        code = 0
+    except Exception as error:
+        phase = worker.phase if worker is not None else "startup"
+        report(Failed(config.rank, phase, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        code = 1
+    outbox.close(linger=2000)
+    context.destroy(linger=2000)
+    return code
+
+
+def _serve(worker: Worker, inbox: zmq.Socket[bytes]) -> None:
+    decoder = msgspec.msgpack.Decoder(ToWorker)
+    while True:
+        message = decoder.decode(inbox.recv())
+        worker.handle(message)
+        if isinstance(message, Shutdown):
+            worker.close()
+            return

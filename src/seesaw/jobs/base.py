@@ -1,0 +1,144 @@
+"""What a job is made of: the engine it runs on, its rows, its options, its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+from seesaw.core.request import Request, RequestOutput
+from seesaw.core.stats import EngineStats
+
+
+class Encoder(Protocol):
+    """What a job needs of a tokeniser (`seesaw.text.Tokenizer`). Both methods raise `RequestError`."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]: ...
+
+
+class JobEngine(Protocol):
+    """What a job needs of `seesaw.LLM`.
+
+    `run` pulls requests lazily and boundedly, on any one thread, and yields each exactly once when it is
+    finished. `stats` may be called from another thread while `run` is being iterated.
+    """
+
+    @property
+    def tokenizer(self) -> Encoder | None: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    def run(self, requests: Iterator[Request], /) -> Iterator[RequestOutput]: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+class Endpoint(Enum):
+    """The OpenAI endpoint whose parameters a row has and in whose shape it is answered."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A line that has the outer shape of a request. `body` is as it stands in the file, unchecked."""
+
+    line: int
+    """1-based line number in the input."""
+    id: str
+    """The row's own id, or `line-N`."""
+    endpoint: Endpoint
+    body: dict[str, Any]
+    plain: bool = False
+    """Whether it is a plain line rather than one in OpenAI's Batch format."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFailure:
+    """A row that gets an error line. `message` names the line; `code` is stable and machine-readable."""
+
+    line: int
+    id: str
+    """The row's own id, or `line-N` where none could be read."""
+    code: str
+    message: str
+    param: str | None = None
+    status: int | None = None
+    """HTTP status if the line was a request; None if it never became one (malformed, duplicate, …)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """Which files, and how the model is named in them."""
+
+    input: Path
+    output: Path | None = None
+    """Answers; `<input stem>.output.jsonl` beside the input if None."""
+    errors: Path | None = None
+    """Failed rows; `<output stem>.errors.jsonl` beside the output if None. Created only if a row fails."""
+    model: str
+    """Name of the model, written into every answer."""
+    served_model_name: str | None = None
+    """The name to write instead. Then rows may name no other model than these two."""
+    limit: int | None = None
+    """Take only the first rows; blank lines do not count."""
+    progress_seconds: float = 0.5
+    """Time between two progress reports."""
+
+    @property
+    def output_path(self) -> Path:
+        """Where answers go."""
+        return self.output or self.input.with_name(f"{self.input.stem}.output.jsonl")
+
+    @property
+    def errors_path(self) -> Path:
+        """Where failed rows go."""
+        output = self.output_path
+        return self.errors or output.with_name(f"{output.stem}.errors.jsonl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobProgress:
+    """Where a job stands. Rows are those read so far, blank lines not counted."""
+
+    rows_answered: int
+    rows_failed: int
+    rows_total: int | None
+    """Rows in the file, by its newlines; None until they are counted, or where they cannot be."""
+    elapsed_seconds: float
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSummary:
+    """How a job ended: `rows_answered` lines in `output`, `rows_failed` lines in `errors`."""
+
+    rows_answered: int
+    rows_failed: int
+    failures: dict[str, int] = field(default_factory=dict)
+    """Failed rows by code."""
+    elapsed_seconds: float
+    interrupted: bool
+    output: Path
+    """The finished file; after an interruption `OUTPUT.part` with what was answered."""
+    errors: Path | None
+    """None if no row failed."""
+    stats: EngineStats
+
+    @property
+    def rows(self) -> int:
+        """Rows that have their line."""
+        return self.rows_answered + self.rows_failed
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every row was answered, 1 if some failed, 3 if the job was interrupted."""
+        if self.interrupted:
+            return 3
+        return 1 if self.rows_failed else 0

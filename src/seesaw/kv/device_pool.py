@@ -1,0 +1,72 @@
+"""The device pool: a rank's paged KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+
+import torch
+from torch import Tensor
+
+from seesaw.core.errors import MemoryBudgetError
+
+_HUGE_PAGE = 2 << 20
+
+
+class DevicePool:
+    """A flat arena of bytes that is viewed anew as KV blocks after every transition.
+
+    Blocks are `[local_layers, 2, local_kv_heads, block_size, head_dim]` of this rank's layers and KV heads.
+    The arena is never reallocated; a new view sees whatever bytes the old one left.
+    """
+
+    def __init__(self, arena_bytes: int) -> None:
+        """Reserve `arena_bytes` bytes; the system gives pages at first touch.
+
+        Raises `MemoryBudgetError` if the system refuses.
+        """
+        self.arena_bytes = arena_bytes
+        self._arena = _reserve(arena_bytes)
+        self._blocks: Tensor | None = None
+        self._layers: tuple[Tensor, ...] = ()
+
+    def view(
+        self,
+        blocks: int,
+        layers: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """View the arena as `[blocks, layers, 2, kv_heads, block_size, head_dim]` from now on."""
+        shape = (blocks, layers, 2, kv_heads, block_size, head_dim)
+        size = torch.Size(shape).numel() * dtype.itemsize
+        assert size <= self.arena_bytes, f"{shape} of {dtype}: {size} bytes of {self.arena_bytes}"
+        self._blocks = self._arena[:size].view(dtype).view(shape)
+        self._layers = tuple(self._blocks[:, layer] for layer in range(layers))
+        return self._blocks
+
+    @property
+    def blocks(self) -> Tensor:
+        """The present view."""
+        assert self._blocks is not None, "the pool has no view yet"
+        return self._blocks
+
+    def layer(self, index: int) -> Tensor:
+        """Layer `index` from the rank's first: `[blocks, 2, kv_heads, block_size, head_dim]`, strided."""
+        return self._layers[index]
+
+
+def _reserve(size: int) -> Tensor:
+    """Anonymous memory, in huge pages where the system has them: decode reads blocks in random order."""
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    try:
+        region = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryBudgetError(f"device pool: {size:,} bytes cannot be reserved: {error}") from error
+    if size >= _HUGE_PAGE:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            region.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(region, dtype=torch.uint8)

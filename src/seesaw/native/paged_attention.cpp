@@ -1,0 +1,444 @@
+// Causal attention over a paged KV pool: one kernel for decode, prefill and everything between.
+//
+// Work is cut into items: one sequence, one KV head, a tile of query rows (tokens x the query heads of the group).
+// An item walks the context in chunks of 64 tokens. A chunk is packed once for all rows of the tile: K transposed
+// to [unit][token], V to [token][unit], where a unit is 32 bits: one float, or a pair of bfloat16 that the dot
+// instruction takes. So the pool is streamed once per tile, and both products are the same small matrix kernel.
+//
+// A row's result depends on its query, its context and the chunk size alone: each row sums in the same order in
+// whatever tile it sits, and a chunk that a row does not see leaves its state as it was, bit for bit. Hence
+// decode equals prefill, chunked equals whole, and the batch around a sequence makes no difference.
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "vectors.h"
+
+namespace seesaw {
+namespace {
+
+constexpr int64_t CHUNK = 64;       // tokens packed at a time
+constexpr int64_t TILE_ROWS = 128;  // query rows that share a packed chunk
+constexpr int64_t PREFETCH_ROWS = 32;
+
+enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Status : int32_t { OK = 0, BAD_SLOT = 1, BAD_BLOCK = 2, BAD_DTYPE = 3, BAD_BATCH = 4, NO_MEMORY = 5 };
+
+// Mirrored by `_Arguments` in attention/cpu.py. Strides count elements.
+struct Arguments {
+    const void* q;
+    const void* k;
+    const void* v;
+    char* pool;
+    void* out;
+    const int32_t* query_starts;
+    const int32_t* context_starts;
+    const int32_t* block_tables;
+    const int64_t* slot_mapping;
+    int64_t q_stride, k_stride, v_stride;
+    int64_t blocks, block_stride, table_width;
+    int64_t tokens, sequences, q_heads, kv_heads, block_size, head_dim;
+    int64_t window;  // 0: none
+    int32_t q_dtype, pool_dtype, threads;
+    float scale;
+};
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// ---- C[rows, columns] = A[rows, k] B[k, columns], optionally added to C ---------------------------------------
+
+template <bool Pair>
+inline vf multiply_add(vu a, vu b, vf c) {
+#if SEESAW_BF16_DOT
+    if constexpr (Pair) return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
+    return (vf)a * (vf)b + c;
+}
+
+template <bool Pair, int ROWS, int VECTORS>
+inline void product_block(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                          int64_t k, bool add) {
+    vf sum[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < VECTORS; ++j) sum[r][j] = add ? load<vf>(c + r * ldc + j * LANES) : vf{};
+    for (int64_t i = 0; i < k; ++i) {
+        vu columns[VECTORS];
+        for (int j = 0; j < VECTORS; ++j) columns[j] = load<vu>(b + i * ldb + j * LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            const vu x = splat(a[r * lda + i]);
+            for (int j = 0; j < VECTORS; ++j) sum[r][j] = multiply_add<Pair>(x, columns[j], sum[r][j]);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < VECTORS; ++j) store(c + r * ldc + j * LANES, sum[r][j]);
+}
+
+template <bool Pair, int VECTORS>
+void product_columns(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                     int64_t rows, int64_t k, bool add) {
+    int64_t r = 0;
+    for (; r + 6 <= rows; r += 6)
+        product_block<Pair, 6, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, k, add);
+    for (; r + 4 <= rows; r += 4)
+        product_block<Pair, 4, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, k, add);
+    for (; r + 2 <= rows; r += 2)
+        product_block<Pair, 2, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, k, add);
+    if (r < rows) product_block<Pair, 1, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, k, add);
+}
+
+// `columns` is a multiple of 16.
+template <bool Pair>
+void product(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+             int64_t columns, int64_t k, bool add) {
+    int64_t j = 0;
+    for (; j + 64 <= columns; j += 64) product_columns<Pair, 4>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
+    switch ((columns - j) / LANES) {
+        case 3: return product_columns<Pair, 3>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
+        case 2: return product_columns<Pair, 2>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
+        case 1: return product_columns<Pair, 1>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
+    }
+}
+
+// ---- scratch memory of one thread -----------------------------------------------------------------------------
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+
+class Scratch {
+  public:
+    uint32_t *q, *k, *v, *p, *zeros;
+    float *scores, *out, *top, *total;
+
+    // Room for `rows` query rows of `width` (padded) channels; false when there is no memory.
+    bool reserve(int64_t rows, int64_t width) {
+        const int64_t sizes[] = {rows * width, CHUNK * width, CHUNK * width, rows * CHUNK, rows * CHUNK,
+                                 rows * width, rows,          rows * LANES,  width};
+        int64_t starts[9], words = 0;
+        for (int i = 0; i < 9; ++i) starts[i] = words, words += round_up(sizes[i], LANES);
+        if (words > capacity_) {
+            memory_.reset((uint32_t*)std::aligned_alloc(64, (size_t)words * 4));
+            capacity_ = memory_ ? words : 0;
+            if (!memory_) return false;
+        }
+        uint32_t* base = memory_.get();
+        q = base + starts[0], k = base + starts[1], v = base + starts[2], p = base + starts[3];
+        scores = (float*)(base + starts[4]), out = (float*)(base + starts[5]);
+        top = (float*)(base + starts[6]), total = (float*)(base + starts[7]);
+        zeros = base + starts[8];
+        std::fill_n(zeros, width, 0);
+        return true;
+    }
+
+  private:
+    std::unique_ptr<uint32_t, Free> memory_;
+    int64_t capacity_ = 0;
+};
+
+// ---- one item -------------------------------------------------------------------------------------------------
+
+struct Item {
+    int64_t sequence, kv_head, first, count;  // query tokens first .. first + count of the packed batch
+};
+
+template <class S, bool Pair>
+class Attention {
+    using T = typename S::T;
+
+  public:
+    Attention(const Arguments& a, const Item& item, Scratch& scratch) : a_(a), item_(item), s_(scratch) {
+        group_ = a.q_heads / a.kv_heads;
+        rows_ = item.count * group_;
+        width_ = round_up(a.head_dim, LANES);
+        units_ = Pair ? width_ / 2 : width_;
+        position_ = a.context_starts[item.sequence] + item.first - a.query_starts[item.sequence];
+        table_ = a.block_tables + item.sequence * a.table_width;
+        plane_ = a.kv_heads * a.block_size * a.head_dim;
+    }
+
+    Status run() {
+        if (!s_.reserve(rows_, width_)) return NO_MEMORY;
+        load_queries();
+        const int64_t end = position_ + item_.count;
+        if (end > a_.table_width * a_.block_size) return BAD_BLOCK;
+        const int64_t begin = a_.window ? std::max<int64_t>(0, position_ - a_.window + 1) / CHUNK * CHUNK : 0;
+        prefetch_ = rows_ <= PREFETCH_ROWS;
+        if (!find_rows(begin, end)) return BAD_BLOCK;
+        for (int64_t start = begin; start < end; start += CHUNK) {
+            std::copy_n(ahead_, CHUNK, keys_);
+            std::copy_n(values_ahead_, CHUNK, values_);
+            if (!find_rows(start + CHUNK, end)) return BAD_BLOCK;
+            pack_keys();
+            pack_values();
+            attend(start);
+        }
+        store_result();
+        return OK;
+    }
+
+  private:
+    void load_queries() {
+        for (int64_t r = 0; r < rows_; ++r) {
+            const int64_t at = (item_.first + r / group_) * a_.q_stride +
+                               (item_.kv_head * group_ + r % group_) * a_.head_dim;
+            if constexpr (Pair) {
+                uint32_t* row = s_.q + r * units_;
+                std::memset(row, 0, (size_t)units_ * 4);
+                std::memcpy(row, (const uint16_t*)a_.q + at, (size_t)a_.head_dim * 2);
+            } else {
+                for (int64_t d = 0; d < width_; d += LANES) store(s_.q + r * units_ + d, query(at + d, a_.head_dim - d));
+            }
+            std::fill_n(s_.out + r * width_, width_, 0.0f);
+            std::fill_n(s_.total + r * LANES, LANES, 0.0f);
+            s_.top[r] = -1e30f;  // finite, so that a difference to it is never NaN
+        }
+    }
+
+    vf query(int64_t at, int64_t n) const {
+        if (a_.q_dtype == FLOAT32) return load_some<F32>((const float*)a_.q + at, n);
+        if (a_.q_dtype == BFLOAT16) return load_some<BF16>((const uint16_t*)a_.q + at, n);
+        return load_some<F16>((const uint16_t*)a_.q + at, n);
+    }
+
+    // Where the K rows of the chunk at `start` lie. From the context's end on and before the window there is none,
+    // and zeros stand in: what the pool holds there may be anything, NaN included, and blocks may be missing.
+    bool find_rows(int64_t start, int64_t end) {
+        const int64_t visible = a_.window ? std::max<int64_t>(0, position_ - a_.window + 1) : 0;
+        const int64_t from = std::clamp<int64_t>(visible - start, 0, CHUNK);
+        const int64_t to = std::clamp<int64_t>(end - start, 0, CHUNK);
+        for (int64_t t = 0; t < from; ++t) ahead_[t] = values_ahead_[t] = (const T*)s_.zeros;
+        for (int64_t t = to; t < CHUNK; ++t) ahead_[t] = values_ahead_[t] = (const T*)s_.zeros;
+        if (from >= to) return true;
+        int64_t index = (start + from) / a_.block_size, offset = (start + from) % a_.block_size;
+        for (int64_t t = from; t < to; ++index, offset = 0) {
+            const int64_t block = table_[index], stop = std::min(to, t + a_.block_size - offset);
+            if (block < 0 || block >= a_.blocks) return false;
+            for (const T* row = key_row(block, offset); t < stop; ++t, row += a_.head_dim)
+                ahead_[t] = row, values_ahead_[t] = row + plane_;
+        }
+        return true;
+    }
+
+    const T* key_row(int64_t block, int64_t offset) const {
+        return (const T*)a_.pool + block * a_.block_stride +
+               (item_.kv_head * a_.block_size + offset) * a_.head_dim;
+    }
+
+    // Sixteen units of a row from unit `u` on; the row is whole up to `head_dim`.
+    vu row_units(const T* row, int64_t u) const {
+        if constexpr (!Pair) return (vu)load_some<S>(row + u, a_.head_dim - u);
+        uint32_t part[LANES] = {};
+        std::memcpy(part, row + 2 * u, (size_t)(a_.head_dim / 2 - u) * 4);
+        return load<vu>(part);
+    }
+
+    void pack_keys() {
+        const int64_t whole = Pair ? a_.head_dim / 2 : a_.head_dim;
+        for (int64_t t = 0; t < CHUNK; t += LANES)
+            for (int64_t u = 0; u < units_; u += LANES) {
+                vu square[LANES];
+                if (prefetch_)
+                    for (int i = 0; i < LANES; ++i) __builtin_prefetch(ahead_[t + i] + u * (4 / sizeof(T)));
+                if (u + LANES <= whole) {
+                    for (int i = 0; i < LANES; ++i)
+                        square[i] = Pair ? load<vu>(keys_[t + i] + 2 * u) : (vu)S::load16(keys_[t + i] + u);
+                } else {
+                    for (int i = 0; i < LANES; ++i) square[i] = row_units(keys_[t + i], u);
+                }
+                transpose16(square);
+                uint32_t* to = s_.k + u * CHUNK + t;
+                if (u + LANES <= units_) {
+                    for (int i = 0; i < LANES; ++i) store(to + i * CHUNK, square[i]);
+                } else {
+                    for (int i = 0; i < LANES / 2; ++i) store(to + i * CHUNK, square[i]);
+                }
+            }
+    }
+
+    void pack_values() {
+        constexpr int64_t line = 64 / sizeof(T);
+        for (int64_t t = 0; t < CHUNK; t += Pair ? 2 : 1) {
+            if (prefetch_)
+                for (int64_t d = 0; d < a_.head_dim; d += line) {
+                    __builtin_prefetch(values_ahead_[t] + d);
+                    if (Pair) __builtin_prefetch(values_ahead_[t + 1] + d);
+                }
+            uint32_t* to = s_.v + (Pair ? t / 2 : t) * width_;
+            int64_t d = 0;
+            for (; d + LANES <= a_.head_dim; d += LANES) {
+                if constexpr (Pair)
+                    store(to + d, halves(values_[t] + d) | halves(values_[t + 1] + d) << 16);
+                else
+                    store(to + d, S::load16(values_[t] + d));
+            }
+            if (d == width_) continue;  // else half a vector is left
+            if constexpr (Pair) {
+                const vu pairs = halves_some(values_[t] + d) | halves_some(values_[t + 1] + d) << 16;
+                store(to + d, pairs);
+            } else {
+                store(to + d, load_some<S>(values_[t] + d, a_.head_dim - d));
+            }
+        }
+    }
+
+    static vu halves(const T* p) { return __builtin_convertvector(load<vh>(p), vu); }
+    vu halves_some(const T* p) const {
+        uint16_t part[LANES] = {};
+        std::memcpy(part, p, (size_t)(a_.head_dim % LANES) * 2);
+        return __builtin_convertvector(load<vh>(part), vu);
+    }
+
+    void attend(int64_t start) {
+        // rows before `from` see only earlier tokens than this chunk's, rows from `to` on only later ones
+        const int64_t from = std::max<int64_t>(0, start - position_) * group_;
+        const int64_t last = start + CHUNK - 1 + a_.window - 1;
+        const int64_t to = a_.window ? std::min(rows_, (last - position_ + 1) * group_) : rows_;
+        if (from >= to) return;
+        product<Pair>(s_.q + from * units_, units_, s_.k, CHUNK, s_.scores + from * CHUNK, CHUNK, to - from, CHUNK,
+                      units_, false);
+        for (int64_t r = from; r < to; ++r) soften(r, start);
+        constexpr int64_t steps = Pair ? CHUNK / 2 : CHUNK;
+        product<Pair>(s_.p + from * steps, steps, s_.v, width_, s_.out + from * width_, width_, to - from, width_,
+                      steps, true);
+    }
+
+    // Turns the scores of a row into weights relative to the row's largest score so far, in base 2.
+    void soften(int64_t r, int64_t start) {
+        constexpr int PARTS = CHUNK / LANES;
+        const int64_t position = position_ + r / group_;
+        const int64_t high = position - start;  // largest visible token of the chunk
+        const int64_t low = a_.window ? position - a_.window + 1 - start : 0;
+        const vf factor = splat(a_.scale * 1.44269504088896341f);
+        const float* scores = s_.scores + r * CHUNK;
+        vf x[PARTS];
+        for (int j = 0; j < PARTS; ++j) x[j] = load<vf>(scores + j * LANES) * factor;
+        if (high < CHUNK - 1 || low > 0) {
+            const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            for (int j = 0; j < PARTS; ++j) {
+                const vi token = lane + j * LANES;
+                x[j] = (token <= (int32_t)high) & (token >= (int32_t)low) ? x[j] : splat(-__builtin_inff());
+            }
+        }
+        vf best = x[0];
+        for (int j = 1; j < PARTS; ++j) best = x[j] > best ? x[j] : best;
+        const float top = std::max(s_.top[r], max_lane(best));
+        if (top > s_.top[r]) rescale(r, top);
+        vf sum = load<vf>(s_.total + r * LANES);
+        for (int j = 0; j < PARTS; ++j) {
+            x[j] = exp2_nonpositive(x[j] - splat(top));
+            sum += x[j];
+        }
+        store(s_.total + r * LANES, sum);
+        for (int j = 0; j < PARTS; ++j) {
+            if constexpr (Pair) store(s_.p + r * CHUNK / 2 + j * LANES / 2, bf16_from_floats(x[j]));
+            else store(s_.p + r * CHUNK + j * LANES, x[j]);
+        }
+    }
+
+    void rescale(int64_t r, float top) {
+        const vf shrink = exp2_nonpositive(splat(s_.top[r] - top));
+        s_.top[r] = top;
+        store(s_.total + r * LANES, load<vf>(s_.total + r * LANES) * shrink);
+        float* out = s_.out + r * width_;
+        for (int64_t d = 0; d < width_; d += LANES) store(out + d, load<vf>(out + d) * shrink);
+    }
+
+    void store_result() {
+        for (int64_t r = 0; r < rows_; ++r) {
+            const vf inverse = splat(1.0f / sum_lanes(load<vf>(s_.total + r * LANES)));
+            const int64_t at = ((item_.first + r / group_) * a_.q_heads + item_.kv_head * group_ + r % group_) *
+                               a_.head_dim;
+            for (int64_t d = 0; d < width_; d += LANES) {
+                const vf value = load<vf>(s_.out + r * width_ + d) * inverse;
+                const int64_t n = a_.head_dim - d;
+                if (a_.q_dtype == FLOAT32) store_some<F32>((float*)a_.out + at + d, value, n);
+                else if (a_.q_dtype == BFLOAT16) store_some<BF16>((uint16_t*)a_.out + at + d, value, n);
+                else store_some<F16>((uint16_t*)a_.out + at + d, value, n);
+            }
+        }
+    }
+
+    const Arguments& a_;
+    const Item& item_;
+    Scratch& s_;
+    int64_t group_, rows_, width_, units_, position_, plane_;
+    const int32_t* table_;
+    bool prefetch_;
+    const T *keys_[CHUNK], *values_[CHUNK];        // rows of the chunk at hand
+    const T *ahead_[CHUNK], *values_ahead_[CHUNK];  // and of the next one
+};
+
+// ---- the batch ------------------------------------------------------------------------------------------------
+
+Status run_item(const Arguments& a, const Item& item) {
+    static thread_local Scratch scratch;
+    if (a.pool_dtype == FLOAT32) return Attention<F32, false>(a, item, scratch).run();
+    if (a.pool_dtype == FLOAT16) return Attention<F16, false>(a, item, scratch).run();
+#if SEESAW_BF16_DOT
+    if (a.q_dtype == BFLOAT16) return Attention<BF16, true>(a, item, scratch).run();
+#endif
+    return Attention<BF16, false>(a, item, scratch).run();
+}
+
+// Copies K and V of each new token (of the pool's type) to the token's slot.
+Status write_tokens(const Arguments& a) {
+    const int64_t bytes = a.pool_dtype == FLOAT32 ? 4 : 2, row = a.head_dim * bytes;
+    const int64_t plane = a.kv_heads * a.block_size * row;
+    for (int64_t n = 0; n < a.tokens; ++n) {
+        const int64_t slot = a.slot_mapping[n], block = slot / a.block_size;
+        if (slot < 0 || block >= a.blocks) return BAD_SLOT;
+        char* to = a.pool + block * a.block_stride * bytes + slot % a.block_size * row;
+        const char* k = (const char*)a.k + n * a.k_stride * bytes;
+        const char* v = (const char*)a.v + n * a.v_stride * bytes;
+        for (int64_t h = 0; h < a.kv_heads; ++h) {
+            std::memcpy(to + h * a.block_size * row, k + h * row, (size_t)row);
+            std::memcpy(to + h * a.block_size * row + plane, v + h * row, (size_t)row);
+        }
+    }
+    return OK;
+}
+
+bool consistent(const Arguments& a) {
+    if (a.query_starts[0] != 0 || a.query_starts[a.sequences] != a.tokens) return false;
+    for (int64_t s = 0; s < a.sequences; ++s)
+        if (a.query_starts[s + 1] < a.query_starts[s] || a.context_starts[s] < 0) return false;
+    return true;
+}
+
+std::vector<Item> items_of(const Arguments& a) {
+    const int64_t tile = std::max<int64_t>(1, TILE_ROWS / (a.q_heads / a.kv_heads));
+    std::vector<Item> items;
+    for (int64_t s = 0; s < a.sequences; ++s)
+        for (int64_t h = 0; h < a.kv_heads; ++h)
+            for (int64_t first = a.query_starts[s]; first < a.query_starts[s + 1]; first += tile)
+                items.push_back({s, h, first, std::min<int64_t>(tile, a.query_starts[s + 1] - first)});
+    return items;
+}
+
+}  // namespace
+}  // namespace seesaw
+
+// Writes the new K and V into the pool, then attends. Returns a `Status`.
+extern "C" int32_t seesaw_attend(const seesaw::Arguments* arguments) {
+    using namespace seesaw;
+    const Arguments& a = *arguments;
+    for (const int32_t dtype : {a.q_dtype, a.pool_dtype})
+        if (dtype < FLOAT32 || dtype > FLOAT16) return BAD_DTYPE;
+    if (!consistent(a)) return BAD_BATCH;
+    if (const Status status = write_tokens(a)) return status;
+    const std::vector<Item> items = items_of(a);
+    const int64_t count = (int64_t)items.size();
+    int32_t worst = OK;
+#if defined(_OPENMP)
+    // workers are forked, and OpenMP threads do not survive a fork: with one thread stay clear of the runtime
+    if (a.threads > 1 && count > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(a.threads) reduction(max : worst)
+        for (int64_t i = 0; i < count; ++i) worst = std::max<int32_t>(worst, run_item(a, items[i]));
+        return worst;
+    }
+#endif
+    for (const Item& item : items) worst = std::max<int32_t>(worst, run_item(a, item));
+    return worst;
+}

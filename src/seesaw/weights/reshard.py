@@ -1,0 +1,169 @@
+"""The weights of one rank: loading them from the host store, and changing from one sharding to another."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seesaw.core.model_spec import DType, ModelSpec
+from seesaw.weights.sharding import (
+    CopyList,
+    Mode,
+    Region,
+    Sharding,
+    TensorChange,
+    copy_list,
+)
+from seesaw.weights.store import TORCH_DTYPES, HostWeightStore
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionStats:
+    """What a change moved: bytes (of the compute type) copied from the host store, bytes the rank had
+    already, and the time it took."""
+
+    bytes_fetched: int
+    bytes_kept: int
+    seconds: float
+
+
+class MemoryLedger:
+    """Bytes of the device tensors that exist, counted when memory is taken and when it is really freed.
+
+    A tensor that somebody still refers to, even by a view, counts until that reference is gone.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.peak_bytes = 0
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor; the only place where device memory for weights is taken."""
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        size = tensor.numel() * tensor.element_size()
+        self.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        weakref.finalize(tensor.untyped_storage(), self._release, size).atexit = False
+        return tensor
+
+    def _release(self, size: int) -> None:
+        self.bytes -= size
+
+
+class RankWeights:
+    """The device tensors of `rank` under its current sharding, in the compute type `dtype`.
+
+    `tensors` maps the names of `device_tensors` to tensors; `load` and `transition` change the mapping in
+    place. Whoever keeps tensors of it (the decoder) must let go of them before a transition: their memory is
+    free only then, and `plan_peak_bytes` counts on it.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        store: HostWeightStore,
+        dtype: DType,
+        rank: int,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.sharding: Sharding | None = None
+        self.ledger = MemoryLedger()
+        self._spec = spec
+        self._store = store
+        self._dtype = dtype
+        self._rank = rank
+        self._device = torch.device(device)
+        self._resident: dict[Sharding, dict[str, Tensor]] = {}
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of device tensors that existed at once so far."""
+        return self.ledger.peak_bytes
+
+    def load(self, sharding: Sharding) -> TransitionStats:
+        """Drop everything held and load the rank's part of `sharding` from the host store."""
+        return self.transition(sharding, "reload")
+
+    def transition(self, new: Sharding, mode: Mode) -> TransitionStats:
+        """Change to the sharding `new`; see `Mode`. Also the first load, when nothing is held.
+
+        In `resident` mode at most two shardings are held, the one before the change and `new`; any other is
+        dropped first. The other modes drop all but the current one.
+        """
+        started = time.perf_counter()
+        if mode == "resident":
+            copies = self._change_resident(new)
+        else:
+            self._resident.clear()
+            copies = self._change_reloading(new) if mode == "reload" else self._change_by_delta(new)
+        self.sharding = new
+        self._synchronize()
+        return TransitionStats(
+            bytes_fetched=copies.bytes_fetched(self._dtype),
+            bytes_kept=copies.bytes_kept(self._dtype),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _change_reloading(self, new: Sharding) -> CopyList:
+        self.tensors.clear()
+        copies = copy_list(self._spec, None, new, self._rank)
+        self.tensors = {change.tensor.name: self._make(change, {}) for change in copies.changes}
+        return copies
+
+    def _change_by_delta(self, new: Sharding) -> CopyList:
+        copies = copy_list(self._spec, self.sharding, new, self._rank)
+        held = self.tensors
+        for tensor in copies.dropped:
+            del held[tensor.name]
+        made: dict[str, Tensor] = {}
+        for change in copies.steps():
+            made[change.tensor.name] = self._make(change, held)
+            if change.source:
+                del held[change.source.name]
+        self.tensors = {change.tensor.name: made[change.tensor.name] for change in copies.changes}
+        return copies
+
+    def _change_resident(self, new: Sharding) -> CopyList:
+        if self.sharding is not None:
+            self._resident[self.sharding] = self.tensors
+        if new in self._resident:
+            self.tensors = self._resident[new]
+            return copy_list(self._spec, new, new, self._rank)
+        for other in self._resident.keys() - {self.sharding}:
+            del self._resident[other]
+        copies = copy_list(self._spec, self.sharding, new, self._rank)
+        held = self.tensors
+        self.tensors = {change.tensor.name: self._make(change, held) for change in copies.changes}
+        self._resident[new] = self.tensors
+        return copies
+
+    def _make(self, change: TensorChange, held: dict[str, Tensor]) -> Tensor:
+        """The new tensor, from the tensors `held` and the host store. Keeps no reference to its source."""
+        if change.reuse:
+            assert change.source is not None
+            return held[change.source.name]
+        target = self.ledger.allocate(change.tensor.shape, TORCH_DTYPES[self._dtype], self._device)
+        for keep in change.keep:
+            _copy(held[keep.source], keep.origin, target, keep.target)
+        for fetch in change.fetch:
+            _copy(self._store.tensor(fetch.parameter), fetch.origin, target, fetch.target)
+        return target
+
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+
+def _copy(source: Tensor, origin: Region, target: Tensor, place: Region) -> None:
+    """Copy a box between tensors, converting the element type on the way."""
+    target[_slices(place)].copy_(source[_slices(origin)], non_blocking=True)
+
+
+def _slices(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in region)

@@ -1,0 +1,272 @@
+"""Attention over the paged pool against a float64 reference that knows no pages."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from seesaw.attention.base import AttentionBackend, AttentionBatch
+from seesaw.attention.select import create_attention
+from seesaw.core.errors import ConfigError
+from seesaw.native.build import load
+
+# rounding of inputs excluded: what sums, weights in the type, and the rounded result may add
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Case:
+    """Sequences with `contexts[b]` tokens in the pool and `counts[b]` new ones."""
+
+    contexts: list[int]
+    counts: list[int]
+    q_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    block_size: int = 16
+    window: int | None = None
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        random = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random).to(self.dtype)
+
+        totals = [a + b for a, b in zip(self.contexts, self.counts, strict=True)]
+        needed = [-(-total // self.block_size) for total in totals]
+        order = torch.randperm(sum(needed) + 2, generator=random).int()
+        self.tables = order[: sum(needed)].split(needed)
+        self.q = [normal(total, self.q_heads, self.head_dim) for total in totals]
+        self.k = [normal(total, self.kv_heads, self.head_dim) for total in totals]
+        self.v = [normal(total, self.kv_heads, self.head_dim) for total in totals]
+        # three layers, of which the middle one is used; NaN wherever nothing was written
+        shape = (sum(needed) + 2, 3, 2, self.kv_heads, self.block_size, self.head_dim)
+        self.pool = torch.full(shape, torch.nan, dtype=self.dtype)
+        for index, context in enumerate(self.contexts):
+            self._fill(index, context)
+
+    def _fill(self, index: int, context: int) -> None:
+        for token in range(context):
+            block, offset = self.tables[index][token // self.block_size], token % self.block_size
+            self.pool[block, 1, 0, :, offset] = self.k[index][token]
+            self.pool[block, 1, 1, :, offset] = self.v[index][token]
+
+    def batch(self, contexts: list[int], counts: list[int]) -> AttentionBatch:
+        width = max(map(len, self.tables)) + 1
+        padded = torch.full((len(counts), width), 1 << 30, dtype=torch.int32)
+        slots = []
+        for index, table in enumerate(self.tables):
+            padded[index, : len(table)] = table
+            tokens = torch.arange(contexts[index], contexts[index] + counts[index])
+            slots.append(table[tokens // self.block_size].long() * self.block_size + tokens % self.block_size)
+        starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+        return AttentionBatch(
+            starts, torch.tensor(contexts, dtype=torch.int32), padded, torch.cat(slots), max(counts)
+        )
+
+    def run(self, backend: AttentionBackend) -> list[Tensor]:
+        """Results per sequence, `[count, q_heads * head_dim]`; the pool is written."""
+        return self.feed(backend, self.contexts, self.counts)
+
+    def feed(self, backend: AttentionBackend, contexts: list[int], counts: list[int]) -> list[Tensor]:
+        def packed(rows: list[Tensor]) -> Tensor:
+            return torch.cat([x[a : a + n] for x, a, n in zip(rows, contexts, counts, strict=True)])
+
+        # rows of one fused tensor, as a projection leaves them
+        fused = torch.cat([packed(self.q), packed(self.k), packed(self.v)], dim=1)
+        q, k, v = fused.split([self.q_heads, self.kv_heads, self.kv_heads], dim=1)
+        batch, scale = self.batch(contexts, counts), self.head_dim**-0.5
+        out = backend.attend(q, k, v, self.pool[:, 1], batch, scale=scale, window=self.window)
+        assert out.is_contiguous() and out.dtype == self.dtype
+        assert out.shape == (sum(counts), self.q_heads * self.head_dim)
+        return list(out.split(counts))
+
+    def expected(self, index: int) -> Tensor:
+        group = self.q_heads // self.kv_heads
+        q, k, v = (x[index].double().transpose(0, 1) for x in (self.q, self.k, self.v))
+        scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) * self.head_dim**-0.5
+        distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+        hidden = (distance < 0) | (distance >= (self.window or 1 << 30))
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        mixed = (weights @ v.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
+        return mixed[self.contexts[index] :]
+
+    def check(self, backend: AttentionBackend) -> None:
+        for index, result in enumerate(self.run(backend)):
+            torch.testing.assert_close(
+                result.double(), self.expected(index), rtol=0, atol=TOLERANCE[self.dtype]
+            )
+
+
+def backends() -> list[AttentionBackend]:
+    found = {backend.name: backend for backend in (create_attention("cpu"), create_attention("cpu", "torch"))}
+    return list(found.values())
+
+
+CASES = {
+    "decode": Case([100, 0, 63, 64, 200], [1, 1, 1, 1, 1]),
+    "prefill": Case([0, 0, 0], [200, 1, 65]),
+    "mixed": Case([150, 0, 7], [1, 90, 40]),
+    "window": Case([300, 0, 40], [1, 260, 30], window=50),
+    "window of one": Case([70], [10], window=1),
+    "window longer than all": Case([20], [10], window=4096),
+    "no groups": Case([90], [3], q_heads=5, kv_heads=5),
+    "one KV head, odd group": Case([90], [30], q_heads=7, kv_heads=1),
+    "wide group": Case([70], [3], q_heads=64, kv_heads=1),
+    "head of 8": Case([70], [3], head_dim=8),
+    "head of 40": Case([70], [3], head_dim=40),
+    "head of 72": Case([70, 3], [1, 70], head_dim=72),
+    "head of 128": Case([70, 3], [1, 70], head_dim=128),
+    "head of 256": Case([20], [50], head_dim=256),
+    "blocks of 5": Case([93], [40], block_size=5),
+    "blocks of 1": Case([33], [4], block_size=1),
+    "blocks of 256": Case([300], [4], block_size=256),
+    "nothing new": Case([30, 40], [0, 2]),
+}
+
+
+@pytest.mark.parametrize("backend", backends(), ids=lambda backend: backend.name)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_reference(name: str, dtype: torch.dtype, backend: AttentionBackend) -> None:
+    dataclasses.replace(CASES[name], dtype=dtype).check(backend)
+
+
+@pytest.mark.parametrize("backend", backends(), ids=lambda backend: backend.name)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_matches_reference_for_any_batch(backend: AttentionBackend, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 4))
+    kv_heads = data.draw(st.integers(1, 4))
+    Case(
+        contexts=data.draw(st.lists(st.integers(0, 150), min_size=size, max_size=size)),
+        counts=data.draw(st.lists(st.integers(1, 80), min_size=size, max_size=size)),
+        q_heads=kv_heads * data.draw(st.integers(1, 5)),
+        kv_heads=kv_heads,
+        head_dim=8 * data.draw(st.integers(1, 8)),
+        block_size=data.draw(st.integers(1, 40)),
+        window=data.draw(st.none() | st.integers(1, 200)),
+        seed=data.draw(st.integers(0, 99)),
+    ).check(backend)
+
+
+@pytest.mark.parametrize("backend", backends(), ids=lambda backend: backend.name)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_writes_the_new_tokens_and_nothing_else(dtype: torch.dtype, backend: AttentionBackend) -> None:
+    case = Case([10, 0], [7, 20], dtype=dtype, block_size=4)
+    before = case.pool.clone()
+    case.run(backend)
+    for index, (context, count) in enumerate(zip(case.contexts, case.counts, strict=True)):
+        for token in range(context, context + count):
+            place = (case.tables[index][token // 4], 1, slice(None), slice(None), token % 4)
+            assert torch.equal(case.pool[place], torch.stack([case.k[index][token], case.v[index][token]]))
+            before[place] = case.pool[place]
+    assert torch.equal(case.pool.nan_to_num(9), before.nan_to_num(9))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_native_result_depends_on_the_sequence_alone(
+    dtype: torch.dtype, window: int | None, threads: int
+) -> None:
+    """Whole, in chunks, token by token, alone or in a batch, on one thread or two: the same bits."""
+    backend = create_attention("cpu")
+    if backend.name != "cpu":
+        pytest.skip("no C++ compiler here")
+    case = Case([0, 0], [150, 90], q_heads=6, head_dim=40, window=window, dtype=dtype)
+    whole = case.run(backend)
+    torch.set_num_threads(threads)
+    again = Case([0, 0], [150, 90], q_heads=6, head_dim=40, window=window, dtype=dtype)
+    parts: list[list[Tensor]] = [[], []]
+    done = [0, 0]
+    for counts in ([70, 1], [0, 0], [1, 60], [1, 0], [77, 1], *([[1, 1]] * 20)):
+        fed = [min(n, total - at) for n, total, at in zip(counts, case.counts, done, strict=True)]
+        if not any(fed):
+            continue
+        for index, result in enumerate(again.feed(backend, done, fed)):
+            parts[index].append(result)
+            done[index] += fed[index]
+    for first, second in zip(whole, parts, strict=True):
+        joined = torch.cat(second)
+        assert torch.equal(first[: len(joined)], joined)
+    assert done[0] == 150 and done[1] > 80
+
+
+def test_torch_backend_does_not_mix_sequences() -> None:
+    backend = create_attention("cpu", "torch")
+    both, alone = Case([50, 9], [3, 20], seed=4), Case([50, 9], [3, 20], seed=4)
+    result = both.run(backend)[0]
+    for rows in (alone.q, alone.k, alone.v):
+        rows[1].zero_()
+    assert torch.equal(result, alone.run(backend)[0])
+
+
+@pytest.mark.parametrize("backend", backends(), ids=lambda backend: backend.name)
+def test_extreme_scores(backend: AttentionBackend) -> None:
+    """Scores far apart, in rising and falling order: running maxima must neither overflow nor vanish."""
+    case = Case([200], [1], head_dim=8, q_heads=1, kv_heads=1)
+    for sign in (1, -1):
+        case.k[0] = torch.linspace(-300, 300, 201)[:, None, None].expand(-1, 1, 8).contiguous() * sign
+        case.q[0] = torch.full((201, 1, 8), 3.0)
+        case._fill(0, 200)
+        case.check(backend)
+
+
+@pytest.mark.parametrize("backend", backends(), ids=lambda backend: backend.name)
+def test_nan_shows(backend: AttentionBackend) -> None:
+    case = Case([20], [2])
+    case.pool[case.tables[0][0], 1, 0, 0, 3] = torch.nan
+    result = case.run(backend)[0].view(2, 4, -1)
+    assert result[:, :2].isnan().all() and not result[:, 2:].isnan().any()
+
+
+def test_query_type_may_differ_from_pool() -> None:
+    for backend in backends():
+        case = Case([40], [3], dtype=torch.bfloat16)
+        expected = case.expected(0)
+        q, k, v = (rows[0][40:].float() for rows in (case.q, case.k, case.v))
+        batch = case.batch([40], [3])
+        out = backend.attend(q, k, v, case.pool[:, 1], batch, scale=0.25, window=None)
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_native_refuses_what_lies_outside_the_pool() -> None:
+    backend = create_attention("cpu")
+    if backend.name != "cpu":
+        pytest.skip("no C++ compiler here")
+    for field, problem in (("slot_mapping", "slot"), ("block_tables", "block table"), ("query_starts", "starts")):
+        case = Case([40], [3])
+        getattr_batch = case.batch([40], [3])
+        getattr(getattr_batch, field).view(-1)[1] = 1 << 20
+        q, k, v = (rows[0][40:] for rows in (case.q, case.k, case.v))
+        with pytest.raises(AssertionError, match=problem):
+            backend.attend(q, k, v, case.pool[:, 1], getattr_batch, scale=0.25, window=None)
+
+
+def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert create_attention("cpu", "torch").name == "torch"
+    assert create_attention("cpu").name == ("cpu" if load() else "torch")
+    monkeypatch.setenv("SEESAW_NATIVE", "0")
+    assert create_attention("cpu").name == create_attention("cpu", "cpu").name == "torch"
+    with pytest.raises(ConfigError, match="unknown backend 'flash'"):
+        create_attention("cpu", "flash")
+    with pytest.raises(ConfigError, match="device 'cuda:1'"):
+        create_attention("cuda:1")

@@ -1,0 +1,126 @@
+"""The copy thread: order, overlap, errors that are never lost, and a clean end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import seesaw
+from seesaw.kv.copy_engine import CopyEngine
+
+WAIT = 10.0
+
+
+def test_runs_in_order_beside_the_caller() -> None:
+    engine, gate, seen = CopyEngine(), threading.Event(), []
+
+    def first() -> int:
+        assert gate.wait(WAIT)
+        seen.append("first")
+        return 10
+
+    engine.submit(first, lambda size, seconds: seen.append((size, seconds >= 0)))
+    engine.submit(lambda: seen.append("second") or 20, lambda size, _: seen.append((size, True)))
+    assert seen == []  # both are submitted, and the caller goes on
+    gate.set()
+    engine.drain()
+    assert seen == ["first", (10, True), "second", (20, True)]
+    engine.close()
+
+
+def test_drain_waits_for_what_was_submitted_and_may_be_repeated() -> None:
+    engine = CopyEngine()
+    engine.drain()
+    for _ in range(3):
+        done: list[int] = []
+        for index in range(50):
+            engine.submit(lambda index=index: index, lambda size, _: done.append(size))
+        engine.drain()
+        assert done == list(range(50))
+    engine.close()
+    engine.close()
+
+
+class DiskOnFireError(Exception):
+    pass
+
+
+def fail() -> int:
+    raise DiskOnFireError("at block 7")
+
+
+def fail_when_done(size: int, seconds: float) -> None:
+    raise DiskOnFireError("at the end")
+
+
+@pytest.mark.parametrize("in_copy", [True, False])
+def test_error_stops_the_engine_and_comes_back_every_time(in_copy: bool) -> None:
+    engine, ran = CopyEngine(), []
+    if in_copy:
+        engine.submit(fail, lambda *_: ran.append("done"))
+    else:
+        engine.submit(lambda: 1, fail_when_done)
+    gate = threading.Event()
+    with pytest.raises(DiskOnFireError):
+        engine.drain()
+    with pytest.raises(DiskOnFireError):
+        engine.submit(lambda: ran.append("later") or 1)
+    with pytest.raises(DiskOnFireError):
+        engine.drain()
+    engine.close()  # told already
+    gate.set()
+    assert ran == []
+
+
+def test_copies_queued_behind_an_error_are_dropped() -> None:
+    engine, gate, ran = CopyEngine(), threading.Event(), []
+
+    def fail_late() -> int:
+        assert gate.wait(WAIT)
+        return fail()
+
+    engine.submit(fail_late)
+    engine.submit(lambda: ran.append("later") or 1, lambda *_: ran.append("done"))
+    gate.set()
+    with pytest.raises(DiskOnFireError):
+        engine.drain()
+    assert ran == []
+
+
+def test_close_tells_an_error_nobody_saw() -> None:
+    engine = CopyEngine()
+    engine.submit(fail)
+    with pytest.raises(DiskOnFireError):
+        engine.close()
+    engine.close()
+
+
+LEAVE = """
+import sys, time
+from seesaw.kv.copy_engine import CopyEngine
+engine = CopyEngine()
+for index in range(3):
+    engine.submit(lambda: time.sleep(0.05) or 1, lambda size, seconds: sys.stdout.write("copied\\n"))
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "status"), [("", 0), ("sys.exit(3)", 3), ("raise ValueError", 1)])
+def test_process_leaves_without_close(end: str, status: int) -> None:
+    source = str(Path(seesaw.__file__).parents[1])
+    child = subprocess.run(
+        [sys.executable, "-c", LEAVE.format(end=end)],
+        env=os.environ | {"PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert child.returncode == status, child.stderr
+    assert child.stdout == "copied\n" * 3
+    assert "seesaw-copies" not in child.stderr
