@@ -51,7 +51,7 @@ class Case:
         totals = [a + b for a, b in zip(self.contexts, self.counts, strict=True)]
         needed = [-(-total // self.block_size) for total in totals]
         order = torch.randperm(sum(needed) + 2, generator=random).int()
-        self.tables = order[: sum(needed)].split(needed)
+        self.tables = torch.split(order[: sum(needed)], needed)
         self.q = [normal(total, self.q_heads, self.head_dim) for total in totals]
         self.k = [normal(total, self.kv_heads, self.head_dim) for total in totals]
         self.v = [normal(total, self.kv_heads, self.head_dim) for total in totals]
@@ -90,12 +90,12 @@ class Case:
 
         # rows of one fused tensor, as a projection leaves them
         fused = torch.cat([packed(self.q), packed(self.k), packed(self.v)], dim=1)
-        q, k, v = fused.split([self.q_heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k, v = torch.split(fused, [self.q_heads, self.kv_heads, self.kv_heads], dim=1)
         batch, scale = self.batch(contexts, counts), self.head_dim**-0.5
         out = backend.attend(q, k, v, self.pool[:, 1], batch, scale=scale, window=self.window)
         assert out.is_contiguous() and out.dtype == self.dtype
         assert out.shape == (sum(counts), self.q_heads * self.head_dim)
-        return list(out.split(counts))
+        return list(torch.split(out, counts))
 
     def expected(self, index: int) -> Tensor:
         group = self.q_heads // self.kv_heads
@@ -104,7 +104,7 @@ class Case:
         distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
         hidden = (distance < 0) | (distance >= (self.window or 1 << 30))
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        mixed = (weights @ v.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
+        mixed: Tensor = (weights @ v.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
         return mixed[self.contexts[index] :]
 
     def check(self, backend: AttentionBackend) -> None:
@@ -252,13 +252,17 @@ def test_native_refuses_what_lies_outside_the_pool() -> None:
     backend = create_attention("cpu")
     if backend.name != "cpu":
         pytest.skip("no C++ compiler here")
-    for field, problem in (("slot_mapping", "slot"), ("block_tables", "block table"), ("query_starts", "starts")):
+    for field, problem in (
+        ("slot_mapping", "slot"),
+        ("block_tables", "block table"),
+        ("query_starts", "starts"),
+    ):
         case = Case([40], [3])
-        getattr_batch = case.batch([40], [3])
-        getattr(getattr_batch, field).view(-1)[1] = 1 << 20
+        batch = case.batch([40], [3])
+        getattr(batch, field).view(-1)[1] = 1 << 20
         q, k, v = (rows[0][40:] for rows in (case.q, case.k, case.v))
         with pytest.raises(AssertionError, match=problem):
-            backend.attend(q, k, v, case.pool[:, 1], getattr_batch, scale=0.25, window=None)
+            backend.attend(q, k, v, case.pool[:, 1], batch, scale=0.25, window=None)
 
 
 def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,9 +58,8 @@ def test_several_processes_build_at_once(fresh: Path) -> None:
 
 @pytest.mark.usefixtures("compiler")
 def test_damaged_library_is_made_anew(fresh: Path) -> None:
-    first = build.build(fresh)
-    library = Path(first._name)
-    library.unlink()  # not overwritten: this process has it mapped
+    fresh.mkdir(parents=True)
+    library = fresh / f"{build._fingerprint(build._compiler())}.so"
     library.write_bytes(b"\x7fELF")
     assert build.build(fresh).seesaw_attend
     assert library.stat().st_size > 1000

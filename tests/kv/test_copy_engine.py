@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,22 @@ WAIT = 10.0
 
 
 def test_runs_in_order_beside_the_caller() -> None:
-    engine, gate, seen = CopyEngine(), threading.Event(), []
+    engine, gate, seen = CopyEngine(), threading.Event(), list[object]()
 
     def first() -> int:
         assert gate.wait(WAIT)
         seen.append("first")
         return 10
 
-    engine.submit(first, lambda size, seconds: seen.append((size, seconds >= 0)))
-    engine.submit(lambda: seen.append("second") or 20, lambda size, _: seen.append((size, True)))
+    def second() -> int:
+        seen.append("second")
+        return 20
+
+    def done(size: int, seconds: float) -> None:
+        seen.append((size, seconds >= 0))
+
+    engine.submit(first, done)
+    engine.submit(second, done)
     assert seen == []  # both are submitted, and the caller goes on
     gate.set()
     engine.drain()
@@ -34,14 +42,13 @@ def test_runs_in_order_beside_the_caller() -> None:
 
 
 def test_drain_waits_for_what_was_submitted_and_may_be_repeated() -> None:
-    engine = CopyEngine()
+    engine, done = CopyEngine(), list[int]()
     engine.drain()
-    for _ in range(3):
-        done: list[int] = []
+    for round in range(1, 4):
         for index in range(50):
-            engine.submit(lambda index=index: index, lambda size, _: done.append(size))
+            engine.submit(partial(int, index), lambda size, _: done.append(size))
         engine.drain()
-        assert done == list(range(50))
+        assert done == list(range(50)) * round
     engine.close()
     engine.close()
 
@@ -60,32 +67,30 @@ def fail_when_done(size: int, seconds: float) -> None:
 
 @pytest.mark.parametrize("in_copy", [True, False])
 def test_error_stops_the_engine_and_comes_back_every_time(in_copy: bool) -> None:
-    engine, ran = CopyEngine(), []
+    engine, ran = CopyEngine(), list[str]()
     if in_copy:
         engine.submit(fail, lambda *_: ran.append("done"))
     else:
         engine.submit(lambda: 1, fail_when_done)
-    gate = threading.Event()
     with pytest.raises(DiskOnFireError):
         engine.drain()
     with pytest.raises(DiskOnFireError):
-        engine.submit(lambda: ran.append("later") or 1)
+        engine.submit(lambda: len(ran), lambda *_: ran.append("later"))
     with pytest.raises(DiskOnFireError):
         engine.drain()
     engine.close()  # told already
-    gate.set()
     assert ran == []
 
 
 def test_copies_queued_behind_an_error_are_dropped() -> None:
-    engine, gate, ran = CopyEngine(), threading.Event(), []
+    engine, gate, ran = CopyEngine(), threading.Event(), list[str]()
 
     def fail_late() -> int:
         assert gate.wait(WAIT)
         return fail()
 
     engine.submit(fail_late)
-    engine.submit(lambda: ran.append("later") or 1, lambda *_: ran.append("done"))
+    engine.submit(lambda: len(ran), lambda *_: ran.append("later"))
     gate.set()
     with pytest.raises(DiskOnFireError):
         engine.drain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -75,7 +76,7 @@ def uneven_sharding(model: ModelSpec, pp: int, tp: int, chance: random.Random) -
     """Stages of random sizes, ranks in random places."""
     cuts = [0, *sorted(chance.sample(range(1, LAYERS), pp - 1)), LAYERS]
     ranks = chance.sample(range(pp * tp), pp * tp)
-    stages = tuple(range(a, b) for a, b in zip(cuts, cuts[1:], strict=False))
+    stages = tuple(range(a, b) for a, b in itertools.pairwise(cuts))
     return make_sharding(model, Layout(pp=pp, tp=tp), stages=stages, ranks=tuple(ranks))
 
 
@@ -124,9 +125,7 @@ def test_written_under_one_sharding_and_read_under_any_other(kv_heads: int) -> N
     expected = torch.zeros_like(bits(host_buffer(kv_heads)))
     for device, block in out_pairs:
         expected[block] = bits(kv[device])
-    shardings = [
-        uneven_sharding(model, pp, tp, chance) for pp in STAGES for tp in TENSOR_DEGREES
-    ]
+    shardings = [uneven_sharding(model, pp, tp, chance) for pp in STAGES for tp in TENSOR_DEGREES]
     for source in shardings:
         host = write(kv, out_pairs, views(model, source), chance)
         assert torch.equal(bits(host), expected), source
@@ -167,6 +166,10 @@ def test_blocks_outside_are_refused(pair: tuple[int, int]) -> None:
 
 def test_ranges_must_be_those_of_the_pool() -> None:
     kv, host = random_kv(2, DEVICE_BLOCKS), host_buffer(4)
-    for layers, heads in ((range(1, LAYERS + 1), range(2)), (range(LAYERS), range(3, 5)), (range(2), range(2))):
+    for layers, heads in (
+        (range(1, LAYERS + 1), range(2)),
+        (range(LAYERS), range(3, 5)),
+        (range(2), range(2)),
+    ):
         with pytest.raises(AssertionError):
             swap_out(kv, host, [(0, 0)], layers=layers, kv_heads=heads)

@@ -150,6 +150,19 @@ def test_a_third_resident_sharding_replaces_the_one_not_in_use() -> None:
     assert_holds(weights, spec, one, 2)
 
 
+@pytest.mark.parametrize("mode", ["delta", "reload"])
+def test_other_modes_forget_the_resident_shardings(mode: Mode) -> None:
+    spec = TINY
+    one, two = (make_sharding(spec, Layout.parse(text)) for text in ("P4", "T4"))
+    weights = RankWeights(spec, store_of(spec), "float32", 1)
+    weights.load(one)
+    weights.transition(two, "resident")
+    weights.transition(two, mode)
+    assert weights.ledger.bytes == weight_bytes(spec, two, 1, "float32")
+    assert weights.transition(one, "resident").bytes_fetched > 0
+    assert_holds(weights, spec, one, 1)
+
+
 def test_gathered_shards_are_the_checkpoint() -> None:
     spec = TINY_TIED
     store = store_of(spec)
@@ -185,11 +198,12 @@ def test_the_ledger_counts_what_others_still_hold() -> None:
     spec = TINY
     sharding = make_sharding(spec, Layout())
     weights = RankWeights(spec, store_of(spec), "float32", 0)
-    weights.load(sharding)
     size = weight_bytes(spec, sharding, 0, "float32")
-    view = weights.tensors["layers.0.down.weight"][1:]
     kept = TINY.hidden * TINY.ffn * 4
-    weights.load(sharding)
+    with torch.inference_mode():
+        weights.load(sharding)
+        view = weights.tensors["layers.0.down.weight"][1:]
+        weights.load(sharding)
     assert (weights.ledger.bytes, weights.peak_bytes) == (size + kept, size + kept)
     del view
     assert weights.ledger.bytes == size

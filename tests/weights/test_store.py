@@ -226,6 +226,8 @@ def test_dummy_weights(dtype: DType) -> None:
             else:
                 assert not torch.equal(tensor, other.tensor(parameter.name))
                 assert 0 < tensor.float().abs().max() < 0.2
+        queries = [store.tensor(f"model.layers.{layer}.self_attn.q_proj.weight") for layer in range(8)]
+        assert torch.unique(torch.stack(queries), dim=0).shape[0] == 8, "no two layers are equal"
         again.close()
         shared.close()
 

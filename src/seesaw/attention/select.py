@@ -21,9 +21,8 @@ def create_attention(
 ) -> AttentionBackend:
     """The backend `name` for `device` (such as `cpu`), or the best one there if no name is given.
 
-    `cpu` is served by `torch` where the native library cannot be built, which a warning has said then, and for a
-    `head_dim` that is not a multiple of 8.
-    Raises `ConfigError` for a name or a device that no backend serves.
+    `cpu` is served by `torch` where the native library cannot be built, which a warning has said then, and
+    for a `head_dim` that is not a multiple of 8. Raises `ConfigError` for a name or a device that no backend serves.
     """
     kind = device.split(":", 1)[0]
     if kind != "cpu":
@@ -35,7 +34,9 @@ def create_attention(
     from seesaw.native.build import load
 
     if name != "torch" and head_dim is not None and head_dim % 8:
-        logger.info("attention: pure torch, since the native kernels need a head_dim in eights, not %d", head_dim)
+        logger.info(
+            "attention: pure torch, since the native kernels need a head_dim in eights, not %d", head_dim
+        )
         name = "torch"
     library = load() if name != "torch" else None
     return TorchAttention() if library is None else CpuAttention(library)

@@ -20,8 +20,9 @@ _INT_LIMIT = 1 << 62
 _SHOWN = 60
 
 _NO_EFFECT = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prediction "
-    "stream_options parallel_tool_calls priority request_id cache_salt".split()
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "priority"}
+    | {"prompt_cache_key", "prompt_cache_retention", "cache_salt", "prediction", "stream_options"}
+    | {"parallel_tool_calls"}
 )
 """About billing, tracing and caching; or about the pace of an answer, not its content."""
 
@@ -64,9 +65,16 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 """Fields that would change the answer, with the values at which they do not."""
 
 _TEMPLATE_RESERVED = frozenset(
-    "conversation tools documents chat_template tokenize padding truncation max_length return_tensors return_dict "
-    "return_assistant_tokens_mask tokenizer_kwargs processor_kwargs".split()
+    {"conversation", "tools", "documents", "chat_template", "tokenize", "padding", "truncation", "max_length"}
+    | {
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "processor_kwargs",
+    }
 )
+"""Arguments of `apply_chat_template` that are not for a row to set."""
 
 
 @dataclass(slots=True)
@@ -250,11 +258,10 @@ _SHARED: dict[str, _Take] = {
     "stop_token_ids": _sampled(_ints),
     **dict.fromkeys(("top_k", "min_tokens", "seed"), _sampled(_int)),
     **dict.fromkeys(
-        "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty".split(), _sampled(_number)
+        ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+        _sampled(_number),
     ),
-    **dict.fromkeys(
-        ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"), _sampled(_bool)
-    ),
+    **dict.fromkeys(("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"), _sampled(_bool)),
 }
 _READERS: dict[Endpoint, dict[str, _Take]] = {
     Endpoint.CHAT: {

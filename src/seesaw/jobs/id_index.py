@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from hashlib import blake2b
 from itertools import repeat
-from struct import unpack
 
 _SHARDS = 64
 _FIRST_SLOTS = 64
@@ -61,5 +60,6 @@ class IdIndex:
 
     def add(self, row_id: str, line: int) -> int | None:
         """Note that `row_id` stands on `line` (from 1); returns the line where it stood before, if it did."""
-        high, low = unpack("=QQ", blake2b(row_id.encode(), digest_size=16).digest())
+        digest = blake2b(row_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        high, low = int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
         return self._shards[high % _SHARDS].add(high, low, line)

@@ -47,7 +47,7 @@ def read_rows(file: BinaryIO, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterat
             if earlier is not None:
                 raise _LineError(
                     "duplicate_custom_id",
-                    f"the id {_shown(row_id)} was used on line {earlier} already; ids must be unique in a file",
+                    f"the id {_shown(row_id)} was used on line {earlier} already; ids must be unique",
                     "custom_id",
                 )
             yield _batch_row(fields, row_id, number) if batch else _plain_row(fields, row_id, number)
@@ -58,7 +58,9 @@ def read_rows(file: BinaryIO, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterat
 
 def _decode(line: bytes | None, number: int, max_bytes: int) -> dict[str, Any]:
     if line is None:
-        raise _LineError("line_too_long", f"the line has more than {format_bytes(max_bytes)}, the most that is read")
+        raise _LineError(
+            "line_too_long", f"the line has more than {format_bytes(max_bytes)}, the most that is read"
+        )
     try:
         value = msgspec.json.decode(line)
     except RecursionError as error:
@@ -84,21 +86,27 @@ def _own_id(fields: dict[str, Any], batch: bool) -> str | None:
     """The id a row carries; None for a plain row without one."""
     if batch:
         if "custom_id" not in fields:
-            raise _LineError("missing_custom_id", "custom_id is missing; a Batch line must have one", "custom_id")
+            raise _LineError(
+                "missing_custom_id", "custom_id is missing; a Batch line must have one", "custom_id"
+            )
         return _text_id("custom_id", fields["custom_id"])
     given = [(name, fields[name]) for name in ("custom_id", "id") if fields.get(name) is not None]
     if not given:
         return None
     ids = [_text_id(name, str(v) if type(v) is int else v) for name, v in given]
     if len(set(ids)) > 1:
-        raise _LineError("invalid_custom_id", f"custom_id {_shown(ids[0])} and id {_shown(ids[1])} differ; give one")
+        raise _LineError(
+            "invalid_custom_id", f"custom_id {_shown(ids[0])} and id {_shown(ids[1])} differ; give one"
+        )
     return ids[0]
 
 
 def _text_id(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         found = "an empty string" if value == "" else _kind(value)
-        raise _LineError("invalid_custom_id", f"{name}: expected a string that is not empty, found {found}", name)
+        raise _LineError(
+            "invalid_custom_id", f"{name}: expected a string that is not empty, found {found}", name
+        )
     return value
 
 
@@ -107,7 +115,7 @@ def _batch_row(fields: dict[str, Any], row_id: str, line: int) -> Row:
     if unknown is not None:
         raise _LineError(
             "unknown_parameter",
-            f"unknown field {_shown(unknown)} beside custom_id, method, url and body; parameters go into the body",
+            f"unknown field {_shown(unknown)} of a Batch line; parameters go into its body",
             unknown,
         )
     if fields.get("method") != "POST":

@@ -71,7 +71,9 @@ class RequestMaker:
             return None, self._render(content.get("messages"), fields.template)
         if "prompt_token_ids" in content:
             if "prompt" in content:
-                raise bad_value("prompt_token_ids", content["prompt_token_ids"], "give it or prompt, not both")
+                raise bad_value(
+                    "prompt_token_ids", content["prompt_token_ids"], "give it or prompt, not both"
+                )
             return None, _token_ids("prompt_token_ids", content["prompt_token_ids"])
         prompt = content.get("prompt")
         if prompt is None:
@@ -103,7 +105,9 @@ class RequestMaker:
     def _need_encoder(self, param: str) -> Encoder:
         if self._encoder is None:
             raise RequestError(
-                f"{param}: the model has no tokeniser; give prompt_token_ids", code="no_tokenizer", param=param
+                f"{param}: the model has no tokeniser; give prompt_token_ids",
+                code="no_tokenizer",
+                param=param,
             )
         return self._encoder
 

@@ -1,7 +1,7 @@
 """OpenAI's response objects and the lines of Batch output files, as msgspec structs.
 
-Field names and nesting are OpenAI's (`chat.completion`, `text_completion`, Batch output line); a field that is
-always null there for such answers is written as null, not left out.
+Field names and nesting are OpenAI's (`chat.completion`, `text_completion`, Batch output line); a field that
+is always null there for such answers is written as null, not left out.
 """
 
 from __future__ import annotations
@@ -127,9 +127,13 @@ class BatchLine(msgspec.Struct, frozen=True):
 
 
 def response_body(
-    endpoint: Endpoint, output: RequestOutput, *, serial: str, created: int, model: str
+    endpoint: Endpoint, output: RequestOutput, *, top: int, serial: str, created: int, model: str
 ) -> ChatCompletion | TextCompletion:
-    """The response object of an answered request. `serial` makes its id unique; `created` is in Unix seconds."""
+    """The response object of an answered request.
+
+    `top` is the number of alternatives asked for at each token (where log-probabilities were asked for),
+    `serial` makes the object's id unique, `created` is in Unix seconds.
+    """
     prompt = len(output.prompt_token_ids)
     completion = sum(len(choice.token_ids) for choice in output.outputs)
     shared: dict[str, Any] = {
@@ -138,29 +142,60 @@ def response_body(
         "usage": Usage(prompt, completion, prompt + completion),
     }
     if endpoint is Endpoint.CHAT:
-        return ChatCompletion(id=f"chatcmpl-{serial}", choices=[_chat(c) for c in output.outputs], **shared)
+        choices = [_chat(choice, top) for choice in output.outputs]
+        return ChatCompletion(id=f"chatcmpl-{serial}", choices=choices, **shared)
     return TextCompletion(id=f"cmpl-{serial}", choices=[_completion(c) for c in output.outputs], **shared)
 
 
-def _chat(output: CompletionOutput) -> ChatChoice:
+def _chat(output: CompletionOutput, top: int) -> ChatChoice:
     logprobs = None
     if output.logprobs is not None:
-        logprobs = ChatLogprobs([_chat_token(entries) for entries in output.logprobs])
+        logprobs = ChatLogprobs([_chat_token(entries, top) for entries in output.logprobs])
     return ChatChoice(output.index, ChatMessage(output.text), logprobs, output.finish_reason)
 
 
-def _chat_token(entries: dict[int, TokenLogprob]) -> ChatTokenLogprob:
-    """The chosen token stands first in `entries`; it is among the alternatives only where its rank puts it."""
-    (token, chosen), *others = entries.items()
-    top = [TopLogprob(*_token(i, entry)) for i, entry in _ranked(entries, len(others))]
-    return ChatTokenLogprob(*_token(token, chosen), top)
+def _chat_token(entries: dict[int, TokenLogprob], top: int) -> ChatTokenLogprob:
+    token, chosen = next(iter(entries.items()))
+    best = [TopLogprob(*_token(i, entry)) for i, entry in _by_rank(entries)[:top]]
+    return ChatTokenLogprob(*_token(token, chosen), best)
 
 
-def _ranked(entries: dict[int, TokenLogprob], others: int) -> list[tuple[int, TokenLogprob]]:
-    return []
+def _completion(output: CompletionOutput) -> CompletionChoice:
+    logprobs = None if output.logprobs is None else _completion_logprobs(output.logprobs)
+    return CompletionChoice(output.index, output.text, logprobs, output.finish_reason)
+
+
+def _completion_logprobs(positions: list[dict[int, TokenLogprob]]) -> CompletionLogprobs:
+    """The chosen token is always among the `top_logprobs`, so they may be one more than asked for."""
+    result = CompletionLogprobs([], [], [], [])
+    offset = 0
+    for entries in positions:
+        token, chosen = next(iter(entries.items()))
+        text = _text(token, chosen)
+        top: dict[str, float] = {}
+        for other, entry in _by_rank(entries):  # of tokens with the same text the most likely stays
+            top.setdefault(_text(other, entry), _finite(entry.logprob))
+        result.tokens.append(text)
+        result.token_logprobs.append(_finite(chosen.logprob))
+        result.top_logprobs.append(top)
+        result.text_offset.append(offset)
+        offset += len(text)
+    return result
+
+
+def _by_rank(entries: dict[int, TokenLogprob]) -> list[tuple[int, TokenLogprob]]:
+    return sorted(entries.items(), key=lambda item: (-item[1].logprob, item[1].rank or 0))
 
 
 def _token(token: int, entry: TokenLogprob) -> tuple[str, float, list[int] | None]:
     text = _text(token, entry)
     whole = entry.text is not None and "\ufffd" not in text
     return text, _finite(entry.logprob), list(text.encode()) if whole else None
+
+
+def _text(token: int, entry: TokenLogprob) -> str:
+    return f"token_id:{token}" if entry.text is None else entry.text
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -61,9 +61,11 @@ class _CopySlabs(Protocol):
         device_slab_stride: int,
         host_block_stride: int,
         host_slab_stride: int,
+        device_blocks: int,
+        host_blocks: int,
         to_host: int,
         /,
-    ) -> None: ...
+    ) -> int: ...
 
 
 def _copy(
@@ -81,8 +83,6 @@ def _copy(
     assert table.dtype == torch.int64 and table.shape[1:] == (2,) and table.is_contiguous(), table.shape
     if not len(table):
         return 0
-    low, high = table.amin(0).tolist(), table.amax(0).tolist()
-    assert min(low) >= 0 and high[0] < len(pool) and high[1] < len(host), (high, len(pool), len(host))
     first, count = (layers.start, len(layers)) if layer is None else (layer, 1)
     near = pool[:, first - layers.start : first - layers.start + count]
     far = host[:, first : first + count, :, kv_heads.start : kv_heads.stop]
@@ -97,7 +97,7 @@ def _copy(
 def _copy_by_kernel(kernel: _CopySlabs, near: Tensor, far: Tensor, table: Tensor, to_host: bool) -> None:
     # K and V of one layer are as far apart as V and the next layer's K, so slabs lie at even distances
     item = near.element_size()
-    kernel(
+    wrong = kernel(
         near.data_ptr(),
         far.data_ptr(),
         table.data_ptr(),
@@ -108,12 +108,18 @@ def _copy_by_kernel(kernel: _CopySlabs, near: Tensor, far: Tensor, table: Tensor
         near.stride(2) * item,
         far.stride(0) * item,
         far.stride(2) * item,
+        len(near),
+        len(far),
         int(to_host),
     )
+    assert wrong < 0, f"blocks {table[wrong].tolist()} of pools of {len(near)} and {len(far)}"
 
 
 def _copy_by_indexing(near: Tensor, far: Tensor, table: Tensor, to_host: bool) -> None:
     device_blocks, host_blocks = table.unbind(1)
+    assert (
+        int(table.min()) >= 0 and int(device_blocks.max()) < len(near) and int(host_blocks.max()) < len(far)
+    )
     if to_host:
         far[host_blocks] = near[device_blocks]
     else:
@@ -138,6 +144,6 @@ def _kernel() -> _CopySlabs | None:
 @cache
 def _bind(library: ctypes.CDLL) -> _CopySlabs:
     function = library.seesaw_copy_slabs
-    function.argtypes = (*(ctypes.c_void_p,) * 3, *(ctypes.c_int64,) * 7, ctypes.c_int32)
-    function.restype = None
+    function.argtypes = (*(ctypes.c_void_p,) * 3, *(ctypes.c_int64,) * 9, ctypes.c_int32)
+    function.restype = ctypes.c_int64
     return function

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t CHUNK = 64;       // tokens packed at a time
 constexpr int64_t TILE_ROWS = 128;  // query rows that share a packed chunk
-constexpr int64_t PREFETCH_ROWS = 32;
+constexpr int64_t PREFETCH_ROWS = 32;  // with more rows the products take longer than memory does
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Status : int32_t { OK = 0, BAD_SLOT = 1, BAD_BLOCK = 2, BAD_DTYPE = 3, BAD_BATCH = 4, NO_MEMORY = 5 };
@@ -188,7 +188,8 @@ class Attention {
                 std::memset(row, 0, (size_t)units_ * 4);
                 std::memcpy(row, (const uint16_t*)a_.q + at, (size_t)a_.head_dim * 2);
             } else {
-                for (int64_t d = 0; d < width_; d += LANES) store(s_.q + r * units_ + d, query(at + d, a_.head_dim - d));
+                for (int64_t d = 0; d < width_; d += LANES)
+                    store(s_.q + r * units_ + d, query(at + d, a_.head_dim - d));
             }
             std::fill_n(s_.out + r * width_, width_, 0.0f);
             std::fill_n(s_.total + r * LANES, LANES, 0.0f);
@@ -234,13 +235,17 @@ class Attention {
         return load<vu>(part);
     }
 
+    // Asks for a cache line of the next chunk. Into the second-level cache: the first level can wait for some
+    // twenty lines only, and packing would stall behind them.
+    static void want(const T* p) { __builtin_prefetch(p, 0, 2); }
+
     void pack_keys() {
         const int64_t whole = Pair ? a_.head_dim / 2 : a_.head_dim;
         for (int64_t t = 0; t < CHUNK; t += LANES)
             for (int64_t u = 0; u < units_; u += LANES) {
                 vu square[LANES];
                 if (prefetch_)
-                    for (int i = 0; i < LANES; ++i) __builtin_prefetch(ahead_[t + i] + u * (4 / sizeof(T)));
+                    for (int i = 0; i < LANES; ++i) want(ahead_[t + i] + u * (4 / sizeof(T)));
                 if (u + LANES <= whole) {
                     for (int i = 0; i < LANES; ++i)
                         square[i] = Pair ? load<vu>(keys_[t + i] + 2 * u) : (vu)S::load16(keys_[t + i] + u);
@@ -262,8 +267,8 @@ class Attention {
         for (int64_t t = 0; t < CHUNK; t += Pair ? 2 : 1) {
             if (prefetch_)
                 for (int64_t d = 0; d < a_.head_dim; d += line) {
-                    __builtin_prefetch(values_ahead_[t] + d);
-                    if (Pair) __builtin_prefetch(values_ahead_[t + 1] + d);
+                    want(values_ahead_[t] + d);
+                    if (Pair) want(values_ahead_[t + 1] + d);
                 }
             uint32_t* to = s_.v + (Pair ? t / 2 : t) * width_;
             int64_t d = 0;

@@ -57,9 +57,10 @@ class MemoryLedger:
 class RankWeights:
     """The device tensors of `rank` under its current sharding, in the compute type `dtype`.
 
-    `tensors` maps the names of `device_tensors` to tensors; `load` and `transition` change the mapping in
-    place. Whoever keeps tensors of it (the decoder) must let go of them before a transition: their memory is
-    free only then, and `plan_peak_bytes` counts on it.
+    `tensors` maps the names of `device_tensors` to tensors, in their order. `load` and `transition` replace
+    the mapping, and empty the one before unless it stays resident. Whoever keeps single tensors (the decoder)
+    must let go of them before a transition that is not resident: their memory is free only then, and
+    `plan_peak_bytes` counts on it.
     """
 
     def __init__(
@@ -97,18 +98,29 @@ class RankWeights:
         dropped first. The other modes drop all but the current one.
         """
         started = time.perf_counter()
-        if mode == "resident":
-            copies = self._change_resident(new)
-        else:
+        if mode != "resident":
             self._resident.clear()
-            copies = self._change_reloading(new) if mode == "reload" else self._change_by_delta(new)
+        elif self.sharding is not None:
+            self._resident[self.sharding] = self.tensors
+        fetched, kept = self._switch(new) if new in self._resident else self._change(new, mode)
         self.sharding = new
         self._synchronize()
-        return TransitionStats(
-            bytes_fetched=copies.bytes_fetched(self._dtype),
-            bytes_kept=copies.bytes_kept(self._dtype),
-            seconds=time.perf_counter() - started,
-        )
+        return TransitionStats(fetched, kept, seconds=time.perf_counter() - started)
+
+    def _switch(self, new: Sharding) -> tuple[int, int]:
+        """Take up a resident sharding. Returns bytes fetched and kept."""
+        self.tensors = self._resident[new]
+        return 0, sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def _change(self, new: Sharding, mode: Mode) -> tuple[int, int]:
+        """Make the tensors of `new`. Returns bytes fetched and kept."""
+        if mode == "reload":
+            copies = self._change_reloading(new)
+        elif mode == "delta":
+            copies = self._change_by_delta(new)
+        else:
+            copies = self._change_beside(new)
+        return copies.bytes_fetched(self._dtype), copies.bytes_kept(self._dtype)
 
     def _change_reloading(self, new: Sharding) -> CopyList:
         self.tensors.clear()
@@ -129,12 +141,7 @@ class RankWeights:
         self.tensors = {change.tensor.name: made[change.tensor.name] for change in copies.changes}
         return copies
 
-    def _change_resident(self, new: Sharding) -> CopyList:
-        if self.sharding is not None:
-            self._resident[self.sharding] = self.tensors
-        if new in self._resident:
-            self.tensors = self._resident[new]
-            return copy_list(self._spec, new, new, self._rank)
+    def _change_beside(self, new: Sharding) -> CopyList:
         for other in self._resident.keys() - {self.sharding}:
             del self._resident[other]
         copies = copy_list(self._spec, self.sharding, new, self._rank)

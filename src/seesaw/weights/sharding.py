@@ -126,7 +126,7 @@ def partition(count: int, parts: int, index: int) -> range:
 
 
 def check_layout(spec: ModelSpec, layout: Layout) -> None:
-    """Raise `LayoutError`, with the numbers, if a rank would get no layer, query head, FFN column or token."""
+    """Raise `LayoutError`, with the numbers, if a rank would get no layer, query head, FFN column or row."""
     if layout.pp > spec.layers:
         raise LayoutError(
             f"layout {layout}: {layout.pp} pipeline stages need {layout.pp} layers, "

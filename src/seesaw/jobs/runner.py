@@ -1,0 +1,231 @@
+"""`run_job`: a job file through an engine into its output files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+from seesaw.core.errors import EngineError, JobError, RequestError
+from seesaw.core.request import Request, RequestOutput
+from seesaw.jobs.base import (
+    Endpoint,
+    JobEngine,
+    JobOptions,
+    JobProgress,
+    JobSummary,
+    Row,
+    RowFailure,
+)
+from seesaw.jobs.lines import LineCounter
+from seesaw.jobs.reader import read_rows
+from seesaw.jobs.requests import MODEL_NOT_FOUND, ModelNames, RequestMaker
+from seesaw.jobs.writer import JobWriter, part_path
+
+logger = logging.getLogger(__name__)
+
+_STATUS = {MODEL_NOT_FOUND: 404, "internal_error": 500}
+"""HTTP status by code of a `RequestError`; all others are 400."""
+
+OnProgress = Callable[[JobProgress], None]
+
+
+def check_files(options: JobOptions) -> None:
+    """Check that the job's files can be read and written. Raises `JobError`; changes nothing on disk."""
+    source, output, errors = options.input, options.output_path, options.errors_path
+    if source.is_dir():
+        raise JobError(f"{source}: is a directory; expected a JSONL file")
+    if source.is_file() or not source.exists():  # opening a pipe to look at it would break it
+        _open(source).close()
+    names = {"input": source, "output": output, "errors": errors}
+    for first, second in (("output", "input"), ("errors", "input"), ("errors", "output")):
+        if os.path.realpath(names[first]) == os.path.realpath(names[second]):
+            raise JobError(f"{names[first]}: {first} and {second} are the same file; choose another name")
+    for path in (output, errors):
+        _check_target(path)
+
+
+def _check_target(path: Path) -> None:
+    if path.is_dir():
+        raise JobError(f"{path}: is a directory; expected the name of a file")
+    if not path.parent.is_dir():
+        raise JobError(f"{path}: the directory {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise JobError(f"{path}: the directory {path.parent} cannot be written to")
+
+
+def run_job(engine: JobEngine, options: JobOptions, *, on_progress: OnProgress | None = None) -> JobSummary:
+    """Run every row of a job file; each becomes exactly one line of the output or of the error file.
+
+    Lines are in order of completion, and stand in `OUTPUT.part` until the job is done. `on_progress` is
+    called from a thread of its own every `options.progress_seconds`. After an interruption (Ctrl-C) the
+    summary says so, and what was answered stays in the `.part` files, as it does when an error is raised.
+    Raises `JobError` for files that cannot be read or written, `EngineError` where the engine fails.
+    """
+    check_files(options)
+    with _open(options.input) as source:
+        return _Run(engine, options, source).execute(on_progress)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb", buffering=1 << 20)
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """What is kept of a row while the engine has it: how to answer it."""
+
+    line: int
+    endpoint: Endpoint
+    top: int
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run of a job.
+
+    The engine pulls `_requests`, perhaps on a thread of its own, while this thread takes its outputs; they
+    share `_pending` (one side inserts, the other removes) and the writer, which locks.
+    """
+
+    engine: JobEngine
+    options: JobOptions
+    source: BinaryIO
+    _pending: dict[str, _Pending] = field(default_factory=dict)
+    _started: float = field(default_factory=time.monotonic)
+    _writer: JobWriter = field(init=False)
+
+    def execute(self, on_progress: OnProgress | None) -> JobSummary:
+        """Run the job to its end or to an interruption."""
+        options = self.options
+        model = options.served_model_name or options.model
+        self._writer = JobWriter(options.output_path, options.errors_path, model=model)
+        counter = LineCounter(options.input)
+        ticker = None
+        if on_progress is not None:
+            ticker = _Ticker(lambda: on_progress(self._progress(counter.count)), options.progress_seconds)
+        interrupted = False
+        try:
+            self._answer_all()
+            self._writer.commit()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            counter.close()
+            if ticker is not None:
+                ticker.close()
+            self._writer.close()
+        return self._summary(interrupted)
+
+    def _answer_all(self) -> None:
+        outputs = self.engine.run(self._requests())
+        try:
+            self._take(outputs)
+        finally:
+            if isinstance(outputs, Generator):
+                outputs.close()  # lets the engine come to rest before its statistics are read
+
+    def _take(self, outputs: Iterator[RequestOutput]) -> None:
+        for output in outputs:
+            row = self._pending.pop(output.request_id, None)
+            if row is None:
+                raise EngineError(f"the engine answered row {output.request_id!r} twice; this is a bug")
+            if output.error is not None:
+                self._refuse(row.line, output.request_id, output.error)
+            else:
+                self._writer.answer(output, row.endpoint, top=row.top)
+        if self._pending:
+            raise EngineError(
+                f"the engine ended without an answer to {len(self._pending)} rows; this is a bug"
+            )
+
+    def _requests(self) -> Iterator[Request]:
+        names = ModelNames(self.options.model, self.options.served_model_name)
+        maker = RequestMaker(self.engine.tokenizer, self.engine.max_model_len, names)
+        try:
+            for row in islice(read_rows(self.source), self.options.limit):
+                if isinstance(row, RowFailure):
+                    self._writer.fail(row)
+                else:
+                    yield from self._request(maker, row)
+        except OSError as error:
+            raise JobError(f"{self.options.input}: cannot be read ({error.strerror})") from error
+
+    def _request(self, maker: RequestMaker, row: Row) -> Iterator[Request]:
+        try:
+            request = maker.make(row)
+        except RequestError as error:
+            self._refuse(row.line, row.id, error)
+            return
+        self._pending[row.id] = _Pending(row.line, row.endpoint, request.sampling.logprobs or 0)
+        yield request
+
+    def _refuse(self, line: int, row_id: str, error: RequestError) -> None:
+        self._writer.fail(
+            RowFailure(
+                line=line,
+                id=row_id,
+                code=error.code,
+                message=f"line {line}: {error}",
+                param=error.param,
+                status=_STATUS.get(error.code, 400),
+            )
+        )
+
+    def _progress(self, total: int | None) -> JobProgress:
+        limit = self.options.limit
+        return JobProgress(
+            rows_answered=self._writer.answered,
+            rows_failed=self._writer.failed,
+            rows_total=total if total is None or limit is None else min(total, limit),
+            elapsed_seconds=time.monotonic() - self._started,
+            stats=self.engine.stats(),
+        )
+
+    def _summary(self, interrupted: bool) -> JobSummary:
+        writer, options = self._writer, self.options
+        output, errors = options.output_path, options.errors_path
+        if interrupted:
+            output, errors = part_path(output), part_path(errors)
+        return JobSummary(
+            rows_answered=writer.answered,
+            rows_failed=writer.failed,
+            failures=dict(writer.failures.most_common()),
+            elapsed_seconds=time.monotonic() - self._started,
+            interrupted=interrupted,
+            output=output,
+            errors=errors if writer.failed else None,
+            stats=self.engine.stats(),
+        )
+
+
+class _Ticker:
+    """Calls a function at intervals on a thread of its own, and once more when it is closed."""
+
+    def __init__(self, call: Callable[[], None], seconds: float) -> None:
+        self._call, self._seconds = call, seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="seesaw-progress", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._stop.wait(self._seconds)
+            try:
+                self._call()
+            except Exception:  # a display that fails must not end the job it shows
+                logger.debug("the progress report failed", exc_info=True)
