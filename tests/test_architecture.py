@@ -14,12 +14,17 @@ import seesaw
 ROOT = Path(seesaw.__file__).parent
 FOLDERS = sorted(p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists())
 TORCH_FREE_PACKAGES = ("core", "scheduling", "planning")
-TORCH_FREE_MODULES = ("models/hf_config.py", "models/parameters.py", "weights/sharding.py", "weights/stages.py")
+TORCH_FREE_MODULES = (
+    "models/hf_config.py",
+    "models/parameters.py",
+    "weights/sharding.py",
+    "weights/stages.py",
+)
 
 MAY_IMPORT = {
     "core": set(),
     "scheduling": {"core"},
-    "models": {"core", "weights"},
+    "models": {"core"},
     "weights": {"core", "models"},
     "planning": {"core", "scheduling", "models", "weights"},
     "kv": {"core", "native"},
@@ -30,7 +35,7 @@ MAY_IMPORT = {
     "jobs": {"core", "report", "text"},
     "cli": None,
 }
-"""Folders each folder may import from; None is everything. `models` names `weights.sharding` for types only."""
+"""Folders each folder may import from; None is everything."""
 
 
 def imported_folders(path: Path) -> set[str]:

@@ -1,8 +1,8 @@
 """Order messages and the JSON of their fields: a seeded generator with disjoint training and held-out names.
 
 A message names a customer, one to three products with quantities, a city and a date, in varied wording. The
-answer is compact JSON with a fixed key order, the date as YYYY-MM-DD. Held-out messages use pairs of first and
-last name that never occur in training, so a model has to copy what it reads.
+answer is compact JSON with a fixed key order, the date as YYYY-MM-DD. Held-out messages use pairs of first
+and last name that never occur in training, so a model has to copy what it reads.
 """
 
 from __future__ import annotations
@@ -13,38 +13,49 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 FIRST = (
-    "Ada Alan Amir Anna Aria Boris Bruno Carla Cem Chloe Clara Daan Dana David Diego Elif Elena Emil Emma Erik Eva "
-    "Farah Felix Fiona Gabor Greta Hana Hugo Ida Igor Ines Iris Ivan Jana Jonas Julia Kai Karin Kenji Lara Lena Leo "
-    "Lin Lucia Luis Maja Marco Maria Mateo Mei Mila Mina Nadia Nina Nils Noah Nora Olga Omar Oscar Otto Paula Pavel "
-    "Petra Priya Rafael Ravi Rosa Ruth Sara Sofia Stefan Tara Theo Tomas Uma Vera Victor Wanda Yara Yusuf Zoe"
+    "Ada Alan Amir Anna Aria Boris Bruno Carla Cem Chloe Clara Daan Dana David Diego Elif Elena Emil "
+    "Emma Erik Eva Farah Felix Fiona Gabor Greta Hana Hugo Ida Igor Ines Iris Ivan Jana Jonas Julia "
+    "Kai Karin Kenji Lara Lena Leo Lin Lucia Luis Maja Marco Maria Mateo Mei Mila Mina Nadia Nina Nils "
+    "Noah Nora Olga Omar Oscar Otto Paula Pavel Petra Priya Rafael Ravi Rosa Ruth Sara Sofia Stefan "
+    "Tara Theo Tomas Uma Vera Victor Wanda Yara Yusuf Zoe"
 ).split()
 LAST = (
-    "Adler Almeida Bauer Becker Berg Bianchi Brown Castro Chen Conti Costa Diaz Dubois Eriksen Evans Farkas Fischer "
-    "Fontaine Garcia Gruber Haas Hansen Hoffman Horvat Ito Ivanov Jansen Jensen Kaya Keller Khan Kim Klein Kovacs "
-    "Kowalski Kumar Larsen Lehmann Lopez Lund Maier Marino Martin Mendes Meyer Moreau Moser Nagy Nakamura Novak "
-    "Olsen Ortega Patel Petrov Popov Ramos Reyes Ricci Rossi Roux Santos Sato Schmidt Silva Simon Singh Smith Sousa "
-    "Suzuki Tanaka Torres Vargas Vogel Wagner Walsh Weber Wolf Wong Yilmaz Zhang Ziegler"
+    "Adler Almeida Bauer Becker Berg Bianchi Brown Castro Chen Conti Costa Diaz Dubois Eriksen Evans "
+    "Farkas Fischer Fontaine Garcia Gruber Haas Hansen Hoffman Horvat Ito Ivanov Jansen Jensen Kaya "
+    "Keller Khan Kim Klein Kovacs Kowalski Kumar Larsen Lehmann Lopez Lund Maier Marino Martin Mendes "
+    "Meyer Moreau Moser Nagy Nakamura Novak Olsen Ortega Patel Petrov Popov Ramos Reyes Ricci Rossi "
+    "Roux Santos Sato Schmidt Silva Simon Singh Smith Sousa Suzuki Tanaka Torres Vargas Vogel Wagner "
+    "Walsh Weber Wolf Wong Yilmaz Zhang Ziegler"
 ).split()
 PRODUCTS = (
-    "copper wire;oak planks;steel bolts;paint rollers;garden hoses;work gloves;LED lamps;door hinges;drill bits;"
-    "cement bags;wood screws;ceiling tiles;cable ties;saw blades;window seals;roof tiles;water pumps;pipe clamps;"
-    "sand paper;tool boxes;safety vests;floor mats;glass jars;paper towels;coffee filters;office chairs;desk lamps;"
-    "ink cartridges;note pads;ball pens;fire blankets;first aid kits;hand drills;ladder hooks;brass taps;"
-    "tarpaulins;buckets;brooms;shovels;hammers;pliers;tape measures;extension cords;air filters;bearings;gaskets"
+    "copper wire;oak planks;steel bolts;paint rollers;garden hoses;work gloves;LED lamps;door hinges;"
+    "drill bits;cement bags;wood screws;ceiling tiles;cable ties;saw blades;window seals;roof tiles;"
+    "water pumps;pipe clamps;sand paper;tool boxes;safety vests;floor mats;glass jars;paper towels;"
+    "coffee filters;office chairs;desk lamps;ink cartridges;note pads;ball pens;fire blankets;"
+    "first aid kits;hand drills;ladder hooks;brass taps;tarpaulins;buckets;brooms;shovels;hammers;"
+    "pliers;tape measures;extension cords;air filters;bearings;gaskets"
 ).split(";")
 CITIES = (
-    "Lyon Porto Graz Turin Leeds Ghent Basel Bergen Malaga Krakow Zagreb Lille Bonn Bremen Cork Delft Dresden "
-    "Geneva Genoa Hamburg Izmir Kyoto Lagos Leipzig Lima Linz Lisbon Lugano Madrid Milan Munich Nantes Naples Nice "
-    "Odense Osaka Oslo Padua Paris Parma Pisa Poznan Prague Quito Reims Riga Rouen Salzburg Seville Siena Sofia "
-    "Split Tallinn Tampere Toulouse Trieste Turku Utrecht Verona Vienna Vilnius Warsaw Zurich"
+    "Lyon Porto Graz Turin Leeds Ghent Basel Bergen Malaga Krakow Zagreb Lille Bonn Bremen Cork Delft "
+    "Dresden Geneva Genoa Hamburg Izmir Kyoto Lagos Leipzig Lima Linz Lisbon Lugano Madrid Milan "
+    "Munich Nantes Naples Nice Odense Osaka Oslo Padua Paris Parma Pisa Poznan Prague Quito Reims Riga "
+    "Rouen Salzburg Seville Siena Sofia Split Tallinn Tampere Toulouse Trieste Turku Utrecht Verona "
+    "Vienna Vilnius Warsaw Zurich"
 ).split()
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+MONTHS = ("January February March April May June July August September October November December").split()
 WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
 
 OPENINGS = (
-    "Hello,", "Hi there,", "Good morning,", "Dear team,", "Order:", "Hey,", "To whom it may concern,", "", "", "Please note:",
+    "Hello,",
+    "Hi there,",
+    "Good morning,",
+    "Dear team,",
+    "Order:",
+    "Hey,",
+    "To whom it may concern,",
+    "",
+    "",
+    "Please note:",
 )
 TEMPLATES = (
     "this is {name}. I would like {items}, delivered to {city} by {date}.",
@@ -59,8 +70,14 @@ TEMPLATES = (
     "I'm {name} and I'd like to order {items}. Drop them off in {city}, {date}.",
 )
 REMARKS = (
-    "The gate is open all day.", "Please call before you come.", "The last order was fine.", "No rush with the invoice.",
-    "We pay on receipt.", "Same terms as before.", "Ring the bell twice.", "Let me know if this works.",
+    "The gate is open all day.",
+    "Please call before you come.",
+    "The last order was fine.",
+    "No rush with the invoice.",
+    "We pay on receipt.",
+    "Same terms as before.",
+    "Ring the bell twice.",
+    "Let me know if this works.",
 )
 
 
@@ -122,7 +139,9 @@ def _list_items(rng: random.Random, items: list[tuple[str, int]]) -> str:
 
 def _item(rng: random.Random, product: str, quantity: int) -> str:
     count = WORDS[quantity - 1] if quantity <= 12 and rng.random() < 0.4 else str(quantity)
-    return rng.choice((f"{count} {product}", f"{count} x {product}", f"{product} ({count})", f"{count} units of {product}"))
+    return rng.choice(
+        (f"{count} {product}", f"{count} x {product}", f"{product} ({count})", f"{count} units of {product}")
+    )
 
 
 def _date(rng: random.Random, year: int, month: int, day: int) -> str:

@@ -55,7 +55,9 @@ def report(rows: list[dict[str, Any]], expected: dict[str, str], minimum: float)
 
 def main() -> int:
     """Read both files and print the score; 0 if it is good enough."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("expected", type=Path)
     parser.add_argument("--minimum", type=float, default=0.98, help="least share of exactly right answers")

@@ -1,6 +1,6 @@
-"""Train the demo's model: a Llama of a little over 1 M parameters that reads an order and answers with its JSON.
+"""Train the demo's model: a Llama of about 1 M parameters that reads orders and answers JSON.
 
-    python examples/extract/train.py            # trains, saves, writes the held-out files, prints the accuracy
+    python examples/extract/train.py        # trains, saves, writes the held-out files, prints the accuracy
     python examples/extract/train.py --eval-only
 
 The run is seeded and takes under half an hour on two cores.
@@ -18,7 +18,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from orders import Order, make_orders
@@ -44,7 +50,9 @@ def train_tokenizer(orders: list[Order]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([f"{o.message} {o.answer}" for o in orders[:8000]], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
     fast.chat_template = TEMPLATE
@@ -73,8 +81,12 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 class Batches:
     """Encoded training rows in batches of similar length; loss only on the answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, orders: list[Order], *, size: int, seed: int) -> None:
-        prompts = tokenizer([f"{BOS}<user>{o.message}{EOS}<assistant>" for o in orders], add_special_tokens=False)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, orders: list[Order], *, size: int, seed: int
+    ) -> None:
+        prompts = tokenizer(
+            [f"{BOS}<user>{o.message}{EOS}<assistant>" for o in orders], add_special_tokens=False
+        )
         answers = tokenizer([f"{o.answer}{EOS}" for o in orders], add_special_tokens=False)
         self.rows = list(zip(prompts["input_ids"], answers["input_ids"], strict=True))
         self.size, self.rng = size, random.Random(seed)
@@ -153,10 +165,14 @@ def write_job(orders: list[Order]) -> None:
 
 def main() -> None:
     """Train, save, evaluate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=HERE / "model")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--minutes", type=float, default=25.0, help="end the schedule after this time at the latest")
+    parser.add_argument(
+        "--minutes", type=float, default=25.0, help="end the schedule after this time at the latest"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)
@@ -169,7 +185,10 @@ def main() -> None:
         orders = make_orders(60_000, seed=TRAIN_SEED, held_out_names=False)
         tokenizer = train_tokenizer(orders)
         model = LlamaForCausalLM(model_config(tokenizer))
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
+        print(
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}",
+            flush=True,
+        )
         batches = Batches(tokenizer, orders, size=args.batch, seed=TRAIN_SEED)
         train(model, batches, steps=args.steps, peak_lr=args.lr, minutes=args.minutes)
         model.to(torch.bfloat16).save_pretrained(args.out)

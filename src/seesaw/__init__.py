@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["LLM", "CompletionOutput", "Request", "RequestOutput", "SamplingParams", "SeesawError", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Request",
+    "RequestOutput",
+    "SamplingParams",
+    "SeesawError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

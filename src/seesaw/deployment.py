@@ -15,7 +15,7 @@ import psutil
 
 from seesaw.core.errors import ConfigError, LayoutError, ModelError
 from seesaw.core.layout import Layout, Plan
-from seesaw.core.model_spec import DTYPE_BYTES, ModelSpec
+from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec
 from seesaw.core.units import parse_bytes
 from seesaw.models.hf_config import load_spec
 from seesaw.planning.memory import MemoryBudget, MemoryPlan, TransitionMode, plan_memory
@@ -69,7 +69,7 @@ class Deployment:
     spec: ModelSpec
     plan: Plan
     shardings: tuple[Sharding, Sharding]
-    dtype: str
+    dtype: DType
     dummy: bool
     device_memory: int
     host_kv: int
@@ -205,11 +205,13 @@ def _shardings(spec: ModelSpec, plan: Plan) -> tuple[Sharding, Sharding]:
     return prefill, assign_ranks(spec, prefill, decode)
 
 
-def _choose_dtype(options: Options, spec: ModelSpec) -> str:
+def _choose_dtype(options: Options, spec: ModelSpec) -> DType:
     if options.dtype != "auto":
-        return options.dtype
+        return cast(DType, options.dtype)
     if spec.dtype == "float16":
-        logger.info("dtype: the float16 checkpoint runs in bfloat16 on the CPU; --dtype float32 keeps all digits")
+        logger.info(
+            "dtype: the float16 checkpoint runs in bfloat16 on the CPU; --dtype float32 keeps all digits"
+        )
         return "bfloat16"
     return spec.dtype
 

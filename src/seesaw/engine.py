@@ -36,9 +36,7 @@ class Engine:
     ranks. Not thread-safe: one `run` at a time.
     """
 
-    def __init__(
-        self, deployment: Deployment, executor: Executor, tokenizer: Tokenizer | None
-    ) -> None:
+    def __init__(self, deployment: Deployment, executor: Executor, tokenizer: Tokenizer | None) -> None:
         self._deployment, self._executor, self._tokenizer = deployment, executor, tokenizer
         self._scheduler = Scheduler(deployment.scheduler)
         self._jobs: dict[int, _Job] = {}
@@ -94,7 +92,9 @@ class Engine:
         try:
             self._check(request)
             stops = frozenset(request.sampling.stop_token_ids)
-            sequences = self._scheduler.add(request, stops if request.sampling.ignore_eos else stops | self._eos)
+            sequences = self._scheduler.add(
+                request, stops if request.sampling.ignore_eos else stops | self._eos
+            )
         except RequestError as error:
             self._failed += 1
             self._done.append(
@@ -117,10 +117,14 @@ class Engine:
         outside = next((t for t in request.prompt_token_ids if not 0 <= t < vocab), None)
         if outside is not None:
             raise RequestError(
-                f"prompt token {outside} is outside the vocabulary of {vocab}", code="invalid_token", param="prompt"
+                f"prompt token {outside} is outside the vocabulary of {vocab}",
+                code="invalid_token",
+                param="prompt",
             )
         if request.sampling.stop and self._tokenizer is None:
-            raise RequestError("stop strings need a tokeniser; use stop_token_ids", code="no_tokenizer", param="stop")
+            raise RequestError(
+                "stop strings need a tokeniser; use stop_token_ids", code="no_tokenizer", param="stop"
+            )
 
     def _submit(self) -> None:
         actions = self._scheduler.schedule()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from seesaw.core.errors import ConfigError, RequestError
 from seesaw.core.request import Request, RequestOutput
@@ -66,10 +66,9 @@ class LLM:
         and memory stays constant. One `SamplingParams` serves all prompts, an iterable gives each its own.
         Raises `RequestError` naming the prompt that cannot be served (an iterator's outputs carry `error`).
         """
-        if _is_single(prompts):
-            prompts = [prompts]  # type: ignore[list-item]
-        requests = self._make_requests(prompts, sampling_params)  # type: ignore[arg-type]
-        if isinstance(prompts, Sequence):
+        several = cast("Iterable[Prompt]", [prompts] if _is_single(prompts) else prompts)
+        requests = self._make_requests(several, sampling_params)
+        if isinstance(several, Sequence):
             return self._generate_list(list(requests))
         return self._in_order(requests)
 
@@ -80,14 +79,16 @@ class LLM:
         **template_arguments: Any,
     ) -> Iterator[RequestOutput] | list[RequestOutput]:
         """Answer conversations (lists of `{"role", "content"}`) through the model's chat template."""
-        if isinstance(conversations, Sequence) and conversations and isinstance(conversations[0], Mapping):
-            conversations = [conversations]  # type: ignore[list-item]
+        single = isinstance(conversations, Sequence) and bool(conversations)
+        if single and isinstance(conversations[0], Mapping):  # type: ignore[index]
+            conversations = [cast("Sequence[Mapping[str, Any]]", conversations)]
+        several = cast("Iterable[Sequence[Mapping[str, Any]]]", conversations)
         tokenizer = self._need_tokenizer("chat")
         prompts = (
-            {"prompt_token_ids": tokenizer.render_chat(messages, **template_arguments)}  # type: ignore[arg-type]
-            for messages in conversations
+            {"prompt_token_ids": tokenizer.render_chat(messages, **template_arguments)}
+            for messages in several
         )
-        if isinstance(conversations, Sequence):
+        if isinstance(several, Sequence):
             return self.generate(list(prompts), sampling_params)
         return self.generate(prompts, sampling_params)
 
@@ -175,7 +176,9 @@ class LLM:
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
-            raise ConfigError(f"{what}: the model has no tokeniser; give prompt_token_ids, or pass tokenizer=PATH")
+            raise ConfigError(
+                f"{what}: the model has no tokeniser; give prompt_token_ids, or pass tokenizer=PATH"
+            )
         return self.tokenizer
 
 

@@ -50,13 +50,17 @@ def test_plans_parse() -> None:
     assert not static.separate and str(static) == "T4"
 
 
-@pytest.mark.parametrize(("text", "said"), [("P4->T2", "4.*2"), ("P2->T2->P2", "found 3"), ("P2->", "layout ''")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("P4->T2", "4.*2"), ("P2->T2->P2", "found 3"), ("P2->", "layout ''")]
+)
 def test_bad_plans_are_refused(text: str, said: str) -> None:
     with pytest.raises(LayoutError, match=said):
         Plan.parse(text)
 
 
-@pytest.mark.parametrize(("text", "count"), [("512MiB", 512 << 20), ("1.5GiB", 3 << 29), ("2GB", 2 * 10**9), (7, 7)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("512MiB", 512 << 20), ("1.5GiB", 3 << 29), ("2GB", 2 * 10**9), (7, 7)]
+)
 def test_sizes(text: str | int, count: int) -> None:
     assert parse_bytes(text) == count
 

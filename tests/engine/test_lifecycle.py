@@ -49,7 +49,9 @@ def shared_memory() -> set[str]:
 @pytest.mark.parametrize("plan", ["P2->T2", "P2->P2"])
 def test_nothing_survives_the_control_process(checkpoint: Path, plan: str) -> None:
     segments = shared_memory()
-    control = subprocess.Popen([sys.executable, "-c", ENDLESS, checkpoint, plan], stdout=subprocess.PIPE, text=True)
+    control = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, checkpoint, plan], stdout=subprocess.PIPE, text=True
+    )
     assert control.stdout is not None
     assert control.stdout.readline() == "running\n"
     time.sleep(0.5)
@@ -100,7 +102,9 @@ def test_a_killed_worker_is_named(checkpoint: Path) -> None:
 def test_an_engine_serves_again_after_a_run_is_given_up(checkpoint: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     prompts = [{"prompt_token_ids": [i + 1, 2, 3]} for i in range(20)]
-    with LLM(checkpoint, plan="P2->T2", dtype="float32", device_memory="16MiB", host_kv="1MiB", max_running=4) as llm:
+    with LLM(
+        checkpoint, plan="P2->T2", dtype="float32", device_memory="16MiB", host_kv="1MiB", max_running=4
+    ) as llm:
         first = iter(llm.generate(iter(prompts), params))
         kept = next(first).outputs[0].token_ids
         first.close()  # type: ignore[attr-defined]

@@ -87,7 +87,9 @@ class PagedStub:
     @property
     def busy(self) -> bool:
         """Whether anything is outstanding."""
-        return bool(self._copies or self._transitioned or any(self._done.values()) or any(self._queues.values()))
+        return bool(
+            self._copies or self._transitioned or any(self._done.values()) or any(self._queues.values())
+        )
 
     def submit(self, action: Action) -> None:
         """Take an action in."""
@@ -153,7 +155,9 @@ class PagedStub:
         self._done[key].append(ForwardDone(forward.id, results, []))
         if forward.write_through:
             epoch, replica = key
-            self._copies.append(_Copy(forward.id, forward.write_through, True, replica, epoch, self._ran[key]))
+            self._copies.append(
+                _Copy(forward.id, forward.write_through, True, replica, epoch, self._ran[key])
+            )
 
     def _write(self, device: dict[int, list[int | None]], slot: _Slot, position: int, token: int) -> None:
         block = slot.blocks[position // self.block_size]

@@ -35,7 +35,11 @@ def random_config(rng: random.Random) -> SchedulerConfig:
     """A plan, a policy and pools so small that everything has to give."""
     separate = rng.random() < 0.6
     plan = Plan.parse(rng.choice(TWO_PHASE if separate else STATIC))
-    policies = ("seesaw", "prefill-first", "decode-first") if separate else ("chunked", "prefill-first", "decode-first")
+    policies = (
+        ("seesaw", "prefill-first", "decode-first")
+        if separate
+        else ("chunked", "prefill-first", "decode-first")
+    )
     block_size = rng.choice((1, 2, 4, 16))
     longest = rng.randrange(4, 60)
     need = -(-longest // block_size)
@@ -56,7 +60,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
 
 
 class Soak:
-    """One seeded job: requests arrive, are checked as they end, and the books are checked after each action."""
+    """One seeded job: requests arrive and are checked as they end, the books after each action."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -92,7 +96,9 @@ class Soak:
             self.left -= 1
             length = self.rng.randrange(1, self.config.max_model_len)
             prompt = tuple(self.rng.randrange(VOCAB) for _ in range(length))
-            sampling = SamplingParams(temperature=0, max_tokens=self.rng.randrange(1, 40), n=self.rng.choice((1, 1, 3)))
+            sampling = SamplingParams(
+                temperature=0, max_tokens=self.rng.randrange(1, 40), n=self.rng.choice((1, 1, 3))
+            )
             stops = frozenset(self.rng.sample(range(VOCAB), self.rng.choice((0, 0, 4))))
             request = Request(id=f"r{self.left}", prompt_token_ids=prompt, sampling=sampling)
             self.sequences += self.scheduler.add(request, stops)

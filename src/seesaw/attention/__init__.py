@@ -1,0 +1,1 @@
+"""Attention over the paged pool, behind one small protocol: native kernels for CPU ranks, pure torch."""

@@ -22,7 +22,8 @@ def create_attention(
     """The backend `name` for `device` (such as `cpu`), or the best one there if no name is given.
 
     `cpu` is served by `torch` where the native library cannot be built, which a warning has said then, and
-    for a `head_dim` that is not a multiple of 8. Raises `ConfigError` for a name or a device that no backend serves.
+    for a `head_dim` that is not a multiple of 8. Raises `ConfigError` for a name or a device that no backend
+    serves.
     """
     kind = device.split(":", 1)[0]
     if kind != "cpu":

@@ -1,15 +1,15 @@
 """The exception tree.
 
-    SeesawError
-    ├── ConfigError (also ValueError)     an argument, plan or model that cannot be used; nothing has started
-    │   ├── LayoutError                   a layout or plan that does not parse or does not fit the model
-    │   ├── ModelError                    an unreadable, unsupported or incomplete checkpoint
-    │   └── MemoryBudgetError             a plan that does not fit the memory budgets; the message shows the arithmetic
-    ├── RequestError (also ValueError)    one request that cannot be served; carries a machine-readable `code`
-    ├── EngineError                       the engine failed while running
-    │   ├── WorkerError                   a worker raised or died; carries `rank` and `phase`
-    │   └── StartupError                  workers did not become ready in time
-    └── JobError                          a job file that cannot be read or written
+SeesawError
+├── ConfigError (also ValueError)     an argument, plan or model that cannot be used; nothing has started
+│   ├── LayoutError                   a layout or plan that does not parse or does not fit the model
+│   ├── ModelError                    an unreadable, unsupported or incomplete checkpoint
+│   └── MemoryBudgetError             a plan that does not fit the memory budgets; the message shows the arithmetic
+├── RequestError (also ValueError)    one request that cannot be served; carries a machine-readable `code`
+├── EngineError                       the engine failed while running
+│   ├── WorkerError                   a worker raised or died; carries `rank` and `phase`
+│   └── StartupError                  workers did not become ready in time
+└── JobError                          a job file that cannot be read or written
 """
 
 from __future__ import annotations

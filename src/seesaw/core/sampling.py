@@ -54,11 +54,15 @@ class SamplingParams:
     def _check_counts(self) -> None:
         for name in ("n", "max_tokens"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, name, value, "must be a whole number of at least 1")
+            _require(
+                isinstance(value, int) and value >= 1, name, value, "must be a whole number of at least 1"
+            )
         for name, low in (("min_tokens", 0), ("top_k", -1)):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= low, name, value, f"must be a whole number ≥ {low}")
-        _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "must not exceed max_tokens")
+        _require(
+            self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "must not exceed max_tokens"
+        )
         if self.logprobs is not None:
             ok = isinstance(self.logprobs, int) and 0 <= self.logprobs <= 20
             _require(ok, "logprobs", self.logprobs, "must be between 0 and 20")

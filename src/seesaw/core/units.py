@@ -20,7 +20,9 @@ def parse_bytes(value: int | str) -> int:
     match = _SIZE.fullmatch(str(value))
     unit = _UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None:
-        raise ConfigError(f"size {value!r}: expected bytes or a number with a unit, such as 512MiB, 1.5GiB or 2GB")
+        raise ConfigError(
+            f"size {value!r}: expected bytes or a number with a unit, such as 512MiB, 1.5GiB or 2GB"
+        )
     return int(float(match.group(1)) * unit)
 
 

@@ -1,0 +1,1 @@
+"""Workers, pipeline, collectives and sampler: what carries out the actions of the scheduler."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch import Tensor
 
 from seesaw.weights.sharding import RankView
@@ -20,7 +21,7 @@ _HIDDEN, _TOKENS = 1, 2
 def join_world(*, rank: int, world: int, rendezvous: str, timeout: float) -> None:
     """Meet the other ranks through the file `rendezvous`. Raises after `timeout` seconds without them."""
     if world > 1:
-        store = dist.FileStore(rendezvous, world)
+        store = FileStore(rendezvous, world)
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
         )

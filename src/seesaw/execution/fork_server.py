@@ -38,7 +38,9 @@ class ForkServer:
         self._socket = ours
         self._lock = threading.Lock()
         with theirs:
-            self._process = subprocess.Popen([sys.executable, "-m", "seesaw.execution.fork_server"], stdin=theirs)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "seesaw.execution.fork_server"], stdin=theirs.fileno()
+            )
 
     def fork(self, config: WorkerConfig) -> int:
         """Start a worker; returns its process id. Raises `StartupError` if the server is gone."""

@@ -139,7 +139,11 @@ class LocalExecutor:
         if self._closed:
             return
         self._closed = True
-        if not self._pending and not self._forwards_out and all(rank.ready is not None for rank in self._ranks):
+        if (
+            not self._pending
+            and not self._forwards_out
+            and all(rank.ready is not None for rank in self._ranks)
+        ):
             self._send(range(len(self._ranks)), Shutdown())
             self._await_exit(5.0)
         for rank in self._ranks:
@@ -160,7 +164,7 @@ class LocalExecutor:
             left = max(0.0, deadline - time.monotonic())
             poller = zmq.Poller()
             poller.register(rank.pidfd, zmq.POLLIN)
-            poller.poll(left * 1000)
+            poller.poll(int(left * 1000))
 
     # ---- actions and completions --------------------------------------------------------------------------
 
@@ -176,7 +180,7 @@ class LocalExecutor:
                 ranks = self._members(action.replica)
                 self._pending[action.id] = _Pending(len(ranks))
             case _:
-                ranks = range(len(self._ranks))
+                ranks = list(range(len(self._ranks)))
                 self._current = action.target
                 self._pending[action.id] = _Pending(len(self._ranks))
         self._send(ranks, action)
@@ -203,7 +207,7 @@ class LocalExecutor:
 
     def _receive(self, seconds: float | None) -> list[FromWorker]:
         """Messages that have arrived; waits up to `seconds` (None: without end) for the first."""
-        events = dict(self._poller.poll(None if seconds is None else seconds * 1000))
+        events = dict(self._poller.poll(None if seconds is None else int(seconds * 1000) + 1))
         messages = []
         if self._outbox in events:
             with contextlib.suppress(zmq.Again):

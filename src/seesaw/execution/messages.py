@@ -94,4 +94,3 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 FromWorker = Ready | ForwardDone | CopiesAck | TransitionAck | Failed
-

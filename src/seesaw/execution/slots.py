@@ -76,7 +76,11 @@ class SlotTables:
             slot_mapping=torch.from_numpy(mapping),
             max_query=int(counts.max()),
         )
-        sampled = torch.from_numpy(ends[forward.sampled] - 1) if forward.sampled else torch.empty(0, dtype=torch.int64)
+        sampled = (
+            torch.from_numpy(ends[forward.sampled] - 1)
+            if forward.sampled
+            else torch.empty(0, dtype=torch.int64)
+        )
         return Inputs(tokens, torch.from_numpy(positions), attention, sampled)
 
     def _make_room(self, slot: int, blocks: int) -> None:

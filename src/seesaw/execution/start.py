@@ -38,7 +38,8 @@ def start_local(deployment: Deployment) -> LocalExecutor:
         store = HostWeightStore.dummy(spec, deployment.dtype, deployment.options.seed)
     shardings = list(deployment.shardings[: 2 if deployment.plan.reshards else 1])
     configs = [
-        _worker_config(deployment, shardings, rank, host_buffer, store) for rank in range(deployment.plan.world)
+        _worker_config(deployment, shardings, rank, host_buffer, store)
+        for rank in range(deployment.plan.world)
     ]
     return LocalExecutor(configs, list(deployment.shardings), host_buffer=host_buffer, store=store)
 

@@ -197,7 +197,9 @@ class Worker:
         if not view.owns_kv:
             return 0
         host = self._host_blocks()
-        return swap_out(self._pool.blocks, host, pairs, layers=view.layers, kv_heads=view.kv_heads, layer=layer)
+        return swap_out(
+            self._pool.blocks, host, pairs, layers=view.layers, kv_heads=view.kv_heads, layer=layer
+        )
 
     def _swap_in(self, pairs: Tensor) -> int:
         view, host = self._views[self._current], self._host_blocks()
@@ -212,7 +214,9 @@ class Worker:
         self._stage.finish()
         self._copies.drain()
         del self._stage  # its decoder holds weights that the transition is to free
-        stats = self._weights.transition(self._shardings[action.target], cast(Mode, self._config.transition_mode))
+        stats = self._weights.transition(
+            self._shardings[action.target], cast(Mode, self._config.transition_mode)
+        )
         self._current = action.target
         self._stage = self._make_stage()
         ack = TransitionAck(self._config.rank, action.id, stats.bytes_fetched, started, time.monotonic())

@@ -87,7 +87,8 @@ def _plan(
     workspace = tuple(_workspace(spec, shardings, dtype, budget, rank) for rank in ranks)
     blocks = [
         min(
-            (budget.device - weights[rank] - workspace[rank]) // _block_bytes(spec, sharding, dtype, budget, rank)
+            (budget.device - weights[rank] - workspace[rank])
+            // _block_bytes(spec, sharding, dtype, budget, rank)
             for rank in ranks
         )
         for sharding in shardings
@@ -96,11 +97,16 @@ def _plan(
     host_blocks = budget.host_kv // host_block
     longest = _longest(spec, budget, [*blocks, host_blocks] if budget.two_phases else blocks)
     if min(blocks) < 1 or longest < 2:
-        raise MemoryBudgetError(_refusal(spec, shardings, dtype, budget, mode, weights, workspace, host_blocks))
+        raise MemoryBudgetError(
+            _refusal(spec, shardings, dtype, budget, mode, weights, workspace, host_blocks)
+        )
     enough = -(-longest // budget.block_size) * budget.max_running
     device_blocks = (min(blocks[0], enough), min(blocks[1], enough))
     pool = tuple(
-        max(n * _block_bytes(spec, s, dtype, budget, rank) for s, n in zip(shardings, device_blocks, strict=True))
+        max(
+            n * _block_bytes(spec, s, dtype, budget, rank)
+            for s, n in zip(shardings, device_blocks, strict=True)
+        )
         for rank in ranks
     )
     return MemoryPlan(
@@ -141,9 +147,7 @@ def _block_bytes(spec: ModelSpec, sharding: Sharding, dtype: str, budget: Memory
     return elements * DTYPE_BYTES[dtype]
 
 
-def _workspace(
-    spec: ModelSpec, shardings: Seq[Sharding], dtype: str, budget: MemoryBudget, rank: int
-) -> int:
+def _workspace(spec: ModelSpec, shardings: Seq[Sharding], dtype: str, budget: MemoryBudget, rank: int) -> int:
     """Activations of one batch at their widest, and the float32 logits of the rank that samples."""
     most = 0
     tokens = max(budget.max_batch_tokens, budget.max_running)

@@ -90,8 +90,8 @@ class Scheduler:
             raise RequestError("the prompt is empty", code="empty_prompt", param="prompt")
         if prompt + 1 > longest:
             raise RequestError(
-                f"the prompt has {prompt} tokens; at most {longest - 1} fit, since max_model_len is {longest} "
-                "and one token at least is generated",
+                f"the prompt has {prompt} tokens; at most {longest - 1} fit, since max_model_len is "
+                f"{longest} and one token at least is generated",
                 code="context_length_exceeded",
                 param="prompt",
             )
@@ -244,7 +244,7 @@ class Scheduler:
         return blocks
 
     def has_room(self, replica: Replica, tokens: int, *, reserved: int) -> bool:
-        """Whether a sequence of `tokens` tokens may join, if `reserved` blocks stay free for the residents."""
+        """Whether a sequence of `tokens` tokens may join and leave `reserved` blocks to the residents."""
         if replica.resident >= replica.max_running:
             return False
         return replica.pool.free - self.config.blocks(tokens) >= reserved

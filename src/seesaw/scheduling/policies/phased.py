@@ -135,7 +135,9 @@ class PhasedPolicy:
         if parked + scheduler.config.blocks(prompt) > scheduler.host.free:
             return False
         if self.name == "prefill-first":
-            return any(scheduler.has_room(r, prompt, reserved=scheduler.reserve(r)) for r in scheduler.replicas)
+            return any(
+                scheduler.has_room(r, prompt, reserved=scheduler.reserve(r)) for r in scheduler.replicas
+            )
         return len(residents) <= scheduler.config.refill_threshold * self._largest_batch
 
 

@@ -1,0 +1,225 @@
+"""Files of a job: names, what stands where and when, interruptions and failures."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from seesaw.core.errors import EngineError, JobError, WorkerError
+from seesaw.core.request import Request, RequestOutput
+from seesaw.jobs.base import JobOptions, JobProgress
+from seesaw.jobs.runner import check_files, run_job
+from seesaw.jobs.writer import JobWriter
+from tests.jobs.contract import read
+from tests.jobs.echo_engine import WINDOW, EchoEngine
+
+BAD = b'{"id": "bad", "prompt": ""}\n'
+
+
+def good(count: int) -> bytes:
+    return b"".join(b'{"id": "r%d", "prompt": "p%d"}\n' % (i, i) for i in range(count))
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> JobOptions:
+    source = tmp_path / "prompts.jsonl"
+    source.write_bytes(good(20))
+    return JobOptions(input=source, model="m")
+
+
+def files(job: JobOptions) -> set[str]:
+    return {p.name for p in job.input.parent.iterdir()} - {job.input.name}
+
+
+def test_names_and_no_error_file_without_errors(job: JobOptions) -> None:
+    summary = run_job(EchoEngine(), job)
+    assert files(job) == {"prompts.output.jsonl"}
+    assert (summary.rows, summary.rows_answered, summary.exit_code) == (20, 20, 0)
+    assert summary.output == job.output_path
+    assert summary.errors is None
+    assert len({line["id"] for line in read(job.output_path)}) == 20
+
+
+def test_an_error_file_of_an_earlier_job_goes(job: JobOptions) -> None:
+    job.input.write_bytes(good(3) + BAD)
+    assert run_job(EchoEngine(), job).errors == job.errors_path
+    assert files(job) == {"prompts.output.jsonl", "prompts.output.errors.jsonl"}
+    job.input.write_bytes(good(5))
+    run_job(EchoEngine(), job)
+    assert files(job) == {"prompts.output.jsonl"}
+    assert len(read(job.output_path)) == 5
+
+
+def test_empty_files_and_files_of_errors(job: JobOptions) -> None:
+    job.input.write_bytes(b"")
+    assert run_job(EchoEngine(), job).exit_code == 0
+    assert job.output_path.read_bytes() == b""
+    job.input.write_bytes(BAD)
+    summary = run_job(EchoEngine(), job)
+    assert (summary.rows_answered, summary.rows_failed, summary.exit_code) == (0, 1, 1)
+    assert job.output_path.read_bytes() == b""
+
+
+def test_limit_counts_rows(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\n" + BAD + b"\n" + good(5))
+    summary = run_job(EchoEngine(), JobOptions(input=source, model="m", limit=3))
+    assert (summary.rows_answered, summary.rows_failed) == (2, 1)
+
+
+def test_after_an_interruption_what_was_answered_stays(job: JobOptions) -> None:
+    job.output_path.write_text("of an earlier job\n")
+    job.input.write_bytes(BAD + good(20))
+    summary = run_job(EchoEngine(fail_after=6), job)
+    assert summary.interrupted
+    assert (summary.exit_code, summary.rows_answered, summary.rows_failed) == (3, 6, 1)
+    assert job.output_path.read_text() == "of an earlier job\n"
+    assert summary.output.name == "prompts.output.jsonl.part"
+    assert summary.errors is not None
+    assert len(read(summary.output)) == 6
+    assert len(read(summary.errors)) == 1
+    job.input.write_bytes(good(20))
+    assert run_job(EchoEngine(), job).exit_code == 0
+    assert files(job) == {"prompts.output.jsonl"}
+    assert len(read(job.output_path)) == 20
+
+
+def test_a_failing_engine_leaves_what_was_answered(job: JobOptions) -> None:
+    engine = EchoEngine(fail_after=6)
+    engine.error = WorkerError("rank 1 died", rank=1, phase="decode")
+    with pytest.raises(WorkerError, match="rank 1"):
+        run_job(engine, job)
+    assert files(job) == {"prompts.output.jsonl.part"}
+    assert len(read(job.output_path.with_name("prompts.output.jsonl.part"))) == 6
+
+
+@pytest.mark.parametrize("fault", ["twice", "never"])
+def test_an_engine_that_loses_or_doubles_rows_is_noticed(fault: str, job: JobOptions) -> None:
+    class Faulty(EchoEngine):
+        def run(self, requests: Iterator[Request], /) -> Iterator[RequestOutput]:
+            for i, output in enumerate(super().run(requests)):
+                if not (i == 5 and fault == "never"):
+                    yield output
+                if i == 5 and fault == "twice":
+                    yield output
+
+    with pytest.raises(EngineError, match="twice" if fault == "twice" else "without an answer to 1 rows"):
+        run_job(Faulty(), job)
+
+
+def test_results_stand_in_the_part_file_before_the_end(job: JobOptions) -> None:
+    part = job.output_path.with_name("prompts.output.jsonl.part")
+
+    class Slow(EchoEngine):
+        seen = 0
+
+        def run(self, requests: Iterator[Request], /) -> Iterator[RequestOutput]:
+            for i, output in enumerate(super().run(requests)):
+                if i == 10:
+                    time.sleep(1.1)
+                if i == 12:
+                    self.seen = len(part.read_bytes().splitlines())
+                yield output
+
+    engine = Slow()
+    run_job(engine, job)
+    assert engine.seen == 11
+
+
+def test_rows_may_be_pulled_from_another_thread(job: JobOptions) -> None:
+    class Threaded(EchoEngine):
+        def run(self, requests: Iterator[Request], /) -> Iterator[RequestOutput]:
+            taken: list[Request] = []
+            puller = threading.Thread(target=lambda: taken.extend(requests))
+            puller.start()
+            puller.join()
+            yield from super().run(iter(taken))
+
+    job.input.write_bytes((good(200) + BAD).replace(b'"r', b'"x'))
+    summary = run_job(Threaded(), job)
+    assert (summary.rows_answered, summary.rows_failed) == (200, 1)
+
+
+def test_progress_comes_from_the_side_and_ends_with_the_totals(job: JobOptions) -> None:
+    class Slow(EchoEngine):
+        def run(self, requests: Iterator[Request], /) -> Iterator[RequestOutput]:
+            for output in super().run(requests):
+                time.sleep(0.01)
+                yield output
+
+    seen: list[JobProgress] = []
+
+    def take(progress: JobProgress) -> None:
+        seen.append(progress)
+        raise ValueError("a display that fails ends no job")
+
+    options = JobOptions(input=job.input, model="m", progress_seconds=0.02, limit=15)
+    assert run_job(Slow(), options, on_progress=take).exit_code == 0
+    assert len(seen) > 3
+    assert (seen[-1].rows_answered, seen[-1].rows_total) == (15, 15)
+    assert all(a.rows_answered <= b.rows_answered for a, b in zip(seen, seen[1:], strict=False))
+    assert not [t for t in threading.enumerate() if t.name.startswith("seesaw-")]
+
+
+def test_memory_of_rows_in_flight_is_bounded(job: JobOptions) -> None:
+    job.input.write_bytes(good(500))
+    engine = EchoEngine()
+    run_job(engine, job)
+    assert engine.held <= WINDOW
+
+
+def test_two_jobs_cannot_write_one_file(job: JobOptions) -> None:
+    writer = JobWriter(job.output_path, job.errors_path, model="m")
+    with pytest.raises(JobError, match="another job"):
+        run_job(EchoEngine(), job)
+    writer.close()
+    assert run_job(EchoEngine(), job).exit_code == 0
+
+
+def test_unusable_files(job: JobOptions, tmp_path: Path) -> None:
+    source = job.input
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(source)
+    cases = [
+        (JobOptions(input=tmp_path / "none.jsonl", model="m"), "No such file"),
+        (JobOptions(input=tmp_path, model="m"), "is a directory"),
+        (JobOptions(input=source, output=link, model="m"), "output and input are the same"),
+        (JobOptions(input=source, errors=source, model="m"), "errors and input are the same"),
+        (
+            JobOptions(input=source, output=tmp_path / "o", errors=tmp_path / "o", model="m"),
+            "errors and output",
+        ),
+        (JobOptions(input=source, output=tmp_path / "no" / "o", model="m"), "does not exist"),
+        (JobOptions(input=source, output=tmp_path, model="m"), "is a directory"),
+    ]
+    before = sorted(os.listdir(tmp_path))
+    for options, said in cases:
+        with pytest.raises(JobError, match=said):
+            check_files(options)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_full_disk_is_a_job_error(job: JobOptions) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    writer = JobWriter(job.output_path, job.errors_path, model="m")
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), writer._output._file.fileno())
+    writer._output.write(b"line\n")
+    with pytest.raises(JobError, match="No space left"):
+        writer.close()
+
+
+def test_input_may_be_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    feeder = threading.Thread(target=lambda: pipe.write_bytes(good(9)))
+    feeder.start()
+    summary = run_job(EchoEngine(), JobOptions(input=pipe, output=tmp_path / "out.jsonl", model="m"))
+    feeder.join()
+    assert summary.rows_answered == 9
