@@ -17,7 +17,7 @@ from typing import Any
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a JSONL file; blank lines are skipped."""
-    # Not str.splitlines(): it also breaks at characters such as U+2028, which JSON strings may hold unescaped.
+    # Not str.splitlines(), which also breaks at characters such as U+2028 that JSON strings may hold.
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
 

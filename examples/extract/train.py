@@ -34,6 +34,9 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '</s>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+# Digits one by one, and capitalised words without the space before them: a name or a city is then the same
+# tokens in the message and in the answer, and copying it is a matter of looking up what came next.
+PIECES = Regex(r"\d| ?\p{Ll}+|\p{Lu}\p{L}*| | ?[^\s\d\p{L}]+|\s+")
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SPECIAL = [PAD, BOS, EOS, "<user>", "<assistant>", "<system>"]
 HELD_OUT, HELD_OUT_SEED, TRAIN_SEED = 2000, 20_000, 1
@@ -44,8 +47,8 @@ def train_tokenizer(orders: list[Order]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            pre_tokenizers.Split(PIECES, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
@@ -106,6 +109,13 @@ class Batches:
         return ids, labels
 
 
+def answer_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the answer tokens; the head is not computed for the prompt's positions."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    wanted = labels[:, 1:] != -100
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]).float(), labels[:, 1:][wanted])
+
+
 def train(model: LlamaForCausalLM, batches: Batches, *, steps: int, peak_lr: float, minutes: float) -> None:
     """AdamW with warm-up and a cosine that ends with the steps, or with the time if that is shorter."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -120,7 +130,7 @@ def train(model: LlamaForCausalLM, batches: Batches, *, steps: int, peak_lr: flo
             group["lr"] = rate
         ids, labels = batches.draw()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels).loss
+            loss = answer_loss(model, ids, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

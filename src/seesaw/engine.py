@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from seesaw.core.actions import ChosenToken, Completion, CopiesDone, SwapIn, Transition, TransitionDone
+from seesaw.core.actions import (
+    ChosenToken,
+    Completion,
+    CopiesDone,
+    Forward,
+    SwapIn,
+    Transition,
+    TransitionDone,
+)
 from seesaw.core.errors import EngineError, RequestError
 from seesaw.core.request import CompletionOutput, Request, RequestOutput, TokenLogprob
 from seesaw.core.stats import EngineStats, TransitionRecord
@@ -46,8 +54,14 @@ class Engine:
         self._eos = frozenset(deployment.spec.eos_token_ids) | frozenset(
             tokenizer.eos_token_ids if tokenizer is not None else ()
         )
+        self._activity = "idle"
+        """What the ranks were last found to be doing, for statistics."""
+        self._activities: dict[int, str] = {}
+        """What Forwards and transitions in flight are, by action."""
         self._swap_ins: set[int] = set()
         self._done: list[RequestOutput] = []
+        self._broken = False
+        """Whether an exception left scheduler and ranks out of step."""
         self._failed = 0
         self._finished = 0
         self._started = time.monotonic()
@@ -64,8 +78,13 @@ class Engine:
         """Serve `requests`, pulled as there is room for them; yields each as soon as it is whole.
 
         A request that cannot be served comes out with `error` set. Raises `EngineError` if a rank fails.
-        Closing the iterator early gives the remaining requests up.
+        Closing the iterator early gives the remaining requests up; the engine can serve again afterwards, which
+        it cannot after any exception.
         """
+        if self._broken:
+            raise EngineError(
+                "the engine was stopped in the middle of a step and cannot go on; make a new one"
+            )
         source: Iterator[Request] | None = iter(requests)
         try:
             while True:
@@ -75,8 +94,12 @@ class Engine:
                     return
                 self._submit()
                 self._await()
-        finally:
-            self._give_up()
+        except GeneratorExit:
+            self._give_up()  # between two steps, so that the books and the ranks agree
+            raise
+        except BaseException:
+            self._broken = True
+            raise
 
     def _take_in(self, source: Iterator[Request] | None) -> Iterator[Request] | None:
         while source is not None and self._scheduler.wants_requests:
@@ -133,6 +156,9 @@ class Engine:
                 self._swap_ins.add(action.id)
             elif isinstance(action, Transition):
                 self._changing[action.id] = action.target
+                self._activities[action.id] = "transition"
+            elif isinstance(action, Forward):
+                self._activities[action.id] = self._label(action)
             self._executor.submit(action)
         if not actions and not self._scheduler.in_flight:
             raise EngineError(
@@ -140,20 +166,22 @@ class Engine:
             )
 
     def _await(self) -> None:
-        label, before = self._activity(), time.monotonic()
+        """Wait for completions and take them in; the time goes to what the ranks were found to be doing."""
+        before = time.monotonic()
         completions = self._executor.wait()
-        self._seconds[label] = self._seconds.get(label, 0.0) + time.monotonic() - before
+        labels = [self._activities.pop(c.id) for c in completions if not isinstance(c, CopiesDone)]
+        self._activity = labels[0] if labels else self._activity
+        waited = time.monotonic() - before
+        self._seconds[self._activity] = self._seconds.get(self._activity, 0.0) + waited
         for completion in completions:
             self._complete(completion)
         for sequence in self._scheduler.take_finished():
             self._finish(sequence)
 
-    def _activity(self) -> str:
-        if self._changing:
-            return "transition"
+    def _label(self, action: Forward) -> str:
         if not self._deployment.plan.separate:
             return "mixed"
-        return ("prefill", "decode")[self._scheduler.phase]
+        return "prefill" if max(action.counts) > 1 or action.write_through else "decode"
 
     def _complete(self, completion: Completion) -> None:
         if isinstance(completion, CopiesDone):
@@ -239,32 +267,25 @@ class Engine:
 
     def _give_up(self) -> None:
         """End what is unfinished and let the ranks come to rest, so that another `run` starts clean."""
-        unfinished = self._scheduler.live()
-        if not unfinished:
-            return
-        for sequence in unfinished:
+        for sequence in self._scheduler.live():
             self._scheduler.finish(sequence, "abort")
         self._scheduler.take_finished()
         self._jobs.clear()
         self._texts.clear()
-        try:
-            while self._scheduler.in_flight:
-                for completion in self._executor.wait():
-                    self._scheduler.complete(completion)
-        except EngineError:
-            return  # the ranks are gone; whoever closes the engine learns no more from it
-        self._changing.clear()
+        while self._scheduler.in_flight:
+            self._await()
+        self._done.clear()
 
     # ---- statistics ---------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """Where the engine stands."""
+        """Where the engine stands. May be called from another thread while `run` is iterated."""
         scheduler, memory = self._scheduler, self._deployment.memory
         counters = scheduler.counters
         block = self._deployment.spec.kv_bytes_per_token(self._deployment.dtype) * scheduler.config.block_size
         return EngineStats(
             plan=str(self._deployment.plan),
-            phase=self._activity() if scheduler.unfinished else "idle",
+            phase=self._activity if scheduler.unfinished else "idle",
             requests_waiting=len(scheduler.waiting),
             requests_running=sum(replica.resident for replica in scheduler.replicas),
             requests_finished=self._finished,

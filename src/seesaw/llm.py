@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,8 @@ class LLM:
         self._deployment: Deployment = resolve(Options(model=str(model), **options))
         self.tokenizer = _load_tokenizer(str(model), tokenizer)
         self._executor = self._deployment.start()
+        # at exit too, and before the interpreter is taken down, which `__del__` would not be
+        weakref.finalize(self, self._executor.close)
         self._engine = Engine(self._deployment, self._executor, self.tokenizer)
         self._requests = 0
 
@@ -111,10 +114,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_executor"):
-            self._executor.close()
 
     # ---- requests -----------------------------------------------------------------------------------------
 

@@ -67,8 +67,8 @@ def test_a_job(invoke: Invoke, engine: EchoEngine, tmp_path: Path) -> None:
 def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp_path: Path) -> None:
     options = (
         "--plan P2->T2 --ranks 2 --device cpu --device-memory 64MiB --host-kv 1.5GiB --dtype float32 "
-        "--load-format dummy --policy prefill-first --chunk 128 --max-model-len 99 --transition delta --seed 5 "
-        "--limit 1 --threads-per-rank 2 --sync-loop --served-model-name name"
+        "--load-format dummy --policy prefill-first --chunk 128 --max-model-len 99 --transition delta "
+        "--seed 5 --limit 1 --threads-per-rank 2 --sync-loop --served-model-name name"
     ).split()
     files = ["--output", str(tmp_path / "o.jsonl"), "--errors", str(tmp_path / "e.jsonl")]
     assert invoke(*options, *files).exit_code == 0
@@ -270,11 +270,11 @@ def test_log_lines_come_seldom(caplog: pytest.LogCaptureFixture) -> None:
     assert "rows 3/10" in caplog.messages[0]
 
 
-def test_a_terminal_gets_a_bar(
-    invoke: Invoke, engine: EchoEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_bar_of_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
     with progress._bar() as show:
         show(sample(30, 98, 1100))
-        show(sample(31, 99, 1100))
-    assert "rows" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "rows 100/1,100" in shown
+    assert "decode" in shown

@@ -19,7 +19,8 @@ from tests.checkpoints import make_checkpoint
 SERVER = "seesaw.execution.fork_server"
 
 ENDLESS = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be inherited as ignored
 from seesaw import LLM, SamplingParams
 llm = LLM(sys.argv[1], plan=sys.argv[2], dtype="float32", host_kv="4MiB", device_memory="16MiB")
 def prompts():

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def test_progress_comes_from_the_side_and_ends_with_the_totals(job: JobOptions) 
     assert run_job(Slow(), options, on_progress=take).exit_code == 0
     assert len(seen) > 3
     assert (seen[-1].rows_answered, seen[-1].rows_total) == (15, 15)
-    assert all(a.rows_answered <= b.rows_answered for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a.rows_answered <= b.rows_answered for a, b in pairwise(seen))
     assert not [t for t in threading.enumerate() if t.name.startswith("seesaw-")]
 
 

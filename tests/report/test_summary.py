@@ -47,7 +47,7 @@ def test_summary_of_a_long_run() -> None:
         "rows          999,000 answered, 1,000 failed",
         "              invalid_json 990, context_length_exceeded 10",
         "tokens        1,200,000,000 in (120,000/s), 150,000,000 out (15,000/s)",
-        "time          2 h 47 min: decode 65%, prefill 30%, transition 1%",
+        "time          2 h 46 min: decode 65%, prefill 30%, transition 1%",
         "plan          P4->T4",
         "transitions   25 to P4 (delta): 750.0 GiB in 50.0 s, 30.0 GiB and 2,000 ms each",
         "              25 to T4 (delta): 750.0 GiB in 50.0 s, 30.0 GiB and 2,000 ms each",

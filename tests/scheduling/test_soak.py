@@ -128,4 +128,4 @@ def test_soak(part: int) -> None:
     while tally.actions < 25_000:
         Soak(seed).run(tally)
         seed += 1
-    assert tally.swapped_out > 500 and tally.recomputed > 20 and tally.phase_changes > 500, tally
+    assert tally.swapped_out > 100 and tally.recomputed > 5 and tally.phase_changes > 300, tally

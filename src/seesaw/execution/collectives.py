@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 
 from seesaw.weights.sharding import RankView
 

@@ -152,7 +152,9 @@ class LocalExecutor:
         self._await_exit(5.0)
         for rank in self._ranks:
             os.close(rank.pidfd)
-        self._context.destroy(linger=0)
+            rank.inbox.close(linger=0)
+        self._outbox.close(linger=0)
+        self._context.term()
         if self._host_buffer is not None:
             self._host_buffer.close()
         if self._store is not None:

@@ -79,7 +79,7 @@ def _malformed(line: bytes, number: int, reason: Exception) -> _LineError:
         utf16 = number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff"))
         hint = "; the file looks like UTF-16, save it as UTF-8" if utf16 else ""
         return _LineError("invalid_utf8", f"byte {error.start + 1} of the line is not UTF-8{hint}")
-    return _LineError("invalid_json", f"not a JSON object: {reason}")
+    return _LineError("invalid_json", f"not valid JSON ({str(reason).removeprefix('JSON is malformed: ')})")
 
 
 def _own_id(fields: dict[str, Any], batch: bool) -> str | None:

@@ -60,9 +60,9 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
-class ChatMessage(msgspec.Struct, frozen=True):
-    content: str
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     role: Literal["assistant"] = "assistant"
+    content: str
     refusal: None = None
 
 
@@ -73,24 +73,24 @@ class ChatChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None
 
 
-class ChatCompletion(msgspec.Struct, frozen=True):
+class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     id: str
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     """Unix seconds."""
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    object: Literal["chat.completion"] = "chat.completion"
 
 
-class TextCompletion(msgspec.Struct, frozen=True):
+class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
     id: str
+    object: Literal["text_completion"] = "text_completion"
     created: int
     """Unix seconds."""
     model: str
     choices: list[CompletionChoice]
     usage: Usage
-    object: Literal["text_completion"] = "text_completion"
 
 
 class ApiError(msgspec.Struct, frozen=True):
@@ -151,7 +151,7 @@ def _chat(output: CompletionOutput, top: int) -> ChatChoice:
     logprobs = None
     if output.logprobs is not None:
         logprobs = ChatLogprobs([_chat_token(entries, top) for entries in output.logprobs])
-    return ChatChoice(output.index, ChatMessage(output.text), logprobs, output.finish_reason)
+    return ChatChoice(output.index, ChatMessage(content=output.text), logprobs, output.finish_reason)
 
 
 def _chat_token(entries: dict[int, TokenLogprob], top: int) -> ChatTokenLogprob:
