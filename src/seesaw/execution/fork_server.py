@@ -99,7 +99,9 @@ def die_with_parent() -> None:
 
 def _serve(connection: socket.socket) -> None:
     from seesaw.execution.worker import worker_main
+    from seesaw.native.build import load
 
+    load()  # compiled, if need be, before there are workers to wait for it
     while True:
         header = _receive(connection, _LENGTH.size)
         if header is None:

@@ -37,6 +37,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     shardings: list[ShardingMessage]
     transition_mode: str
     block_size: int
+    weight_budget: int
+    """Most bytes of weights this rank may hold at any time, as the memory plan has it."""
     device_blocks: list[int]
     """Blocks of the device pool under each sharding."""
     host_blocks: int
@@ -58,7 +60,7 @@ ToWorker = Forward | SwapOut | SwapIn | Transition | Shutdown
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """The worker holds its weights and waits for actions. `weight_bytes` is what it holds at most."""
+    """The worker holds its weights and its KV pool, and waits for actions."""
 
     rank: int
     weight_bytes: int

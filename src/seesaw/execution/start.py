@@ -67,6 +67,7 @@ def _worker_config(
         shardings=[_message(sharding) for sharding in shardings],
         transition_mode=memory.mode,
         block_size=options.block_size,
+        weight_budget=memory.weights[rank],
         device_blocks=list(memory.device_blocks[: len(shardings)]),
         host_blocks=memory.host_blocks,
         host_buffer_fd=-1 if host_buffer is None else host_buffer.fd,

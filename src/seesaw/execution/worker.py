@@ -76,6 +76,7 @@ class Worker:
         self._store = self._open_store()
         self._weights = RankWeights(config.spec, self._store, cast(DType, config.dtype), config.rank)
         self._weights.load(self._shardings[0])
+        self._check_weights()
         self._pool = DevicePool(max(self._pool_bytes(i) for i in range(len(self._views))))
         self._host = self._attach_host_buffer()
         self._copies = CopyEngine()
@@ -142,8 +143,7 @@ class Worker:
 
     def ready(self) -> Ready:
         """What the worker holds, once it is up."""
-        weights = sum(t.numel() * t.element_size() for t in self._weights.tensors.values())
-        return Ready(self._config.rank, weights, max(self._pool_bytes(i) for i in range(len(self._views))))
+        return Ready(self._config.rank, self._weights.peak_bytes, self._pool.arena_bytes)
 
     # ---- actions ------------------------------------------------------------------------------------------
 
@@ -217,10 +217,15 @@ class Worker:
         stats = self._weights.transition(
             self._shardings[action.target], cast(Mode, self._config.transition_mode)
         )
+        self._check_weights()
         self._current = action.target
         self._stage = self._make_stage()
         ack = TransitionAck(self._config.rank, action.id, stats.bytes_fetched, started, time.monotonic())
         self._report(ack)
+
+    def _check_weights(self) -> None:
+        peak, planned = self._weights.peak_bytes, self._config.weight_budget
+        assert peak <= planned, f"weights took {peak} bytes, the memory plan says {planned}"
 
     def close(self) -> None:
         """Finish copies and sends."""
