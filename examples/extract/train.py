@@ -116,15 +116,13 @@ def answer_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]).float(), labels[:, 1:][wanted])
 
 
-def train(model: LlamaForCausalLM, batches: Batches, *, steps: int, peak_lr: float, minutes: float) -> None:
-    """AdamW with warm-up and a cosine that ends with the steps, or with the time if that is shorter."""
+def train(model: LlamaForCausalLM, batches: Batches, *, steps: int, peak_lr: float) -> None:
+    """AdamW with warm-up and a cosine that ends with the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
     started = time.monotonic()
     model.train()
     for step in range(steps):
-        share = max(step / steps, (time.monotonic() - started) / 60 / minutes)
-        if share >= 1:
-            break
+        share = step / steps
         rate = peak_lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -180,9 +178,6 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE / "model")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument(
-        "--minutes", type=float, default=25.0, help="end the schedule after this time at the latest"
-    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)
@@ -200,7 +195,7 @@ def main() -> None:
             flush=True,
         )
         batches = Batches(tokenizer, orders, size=args.batch, seed=TRAIN_SEED)
-        train(model, batches, steps=args.steps, peak_lr=args.lr, minutes=args.minutes)
+        train(model, batches, steps=args.steps, peak_lr=args.lr)
         model.to(torch.bfloat16).save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
         write_job(held_out)
