@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "kv": {"core", "native"},
     "attention": {"core", "native"},
     "native": {"core"},
-    "execution": {"core", "models", "weights", "kv", "attention"},
+    "execution": {"core", "models", "weights", "kv", "attention", "native"},
     "report": {"core"},
     "jobs": {"core", "report", "text"},
     "cli": None,
