@@ -28,15 +28,15 @@ test-all: setup  ## everything this machine can run
 	$(BIN)/python -m pytest -m 'not gpu'
 
 check: setup  ## format, lint, types, import directions, spelling
-	$(BIN)/ruff format --check src tests examples
-	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 	$(BIN)/codespell src tests docs examples README.md CHANGELOG.md CONTRIBUTING.md
 
 format: setup
-	$(BIN)/ruff format src tests examples
-	$(BIN)/ruff check --fix src tests examples
+	$(BIN)/ruff format src tests examples benchmarks
+	$(BIN)/ruff check --fix src tests examples benchmarks
 
 bench: setup  ## total tokens per second of a few plans on a dummy model
 	$(BIN)/python benchmarks/plans.py

@@ -34,7 +34,7 @@ def oracle(family: str, made: dict[str, Oracle], factory: pytest.TempPathFactory
 
 
 def run(path: Path, prompts: list[list[int]], case: Case) -> list[list[int]]:
-    """The engine's continuations, with pools small enough that sequences queue, swap and take turns."""
+    """The engine's continuations: all prompts at once, or with room so small that they queue and take turns."""
     with LLM(
         path,
         plan=case.plan,
@@ -45,7 +45,7 @@ def run(path: Path, prompts: list[list[int]], case: Case) -> list[list[int]]:
         host_kv="1500KiB",
         block_size=8,
         chunk=256,
-        max_running=6,
+        max_running=18 if case.overlap else 6,
         max_model_len=680,
         tokenizer=False,
     ) as llm:

@@ -184,10 +184,11 @@ def _refusal(
             f"; the host buffer has room for {host_blocks * budget.block_size} tokens "
             f"({format_bytes(budget.host_kv)} at {format_bytes(node)} each)"
         )
+    how = f" ({mode} transitions)" if shardings[0] != shardings[1] else ""
     names = "->".join(dict.fromkeys(str(s.layout) for s in shardings))
     return (
         f"plan {names} does not fit: of {format_bytes(budget.device)} device memory, rank {rank} needs "
-        f"{format_bytes(weights[rank])} for weights ({mode} transitions) and {format_bytes(workspace[rank])} for "
+        f"{format_bytes(weights[rank])} for weights{how} and {format_bytes(workspace[rank])} for "
         f"activations, which leaves {format_bytes(max(left[rank], 0))} for KV at {format_bytes(token)} a token, and "
         f"a sequence of {wanted} tokens needs {format_bytes(wanted * token)}{host}; give more memory, a smaller "
         "max_model_len or chunk, or a plan with more ranks per replica"
