@@ -9,7 +9,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import psutil
 
@@ -22,9 +22,6 @@ from seesaw.planning.memory import MemoryBudget, MemoryPlan, TransitionMode, pla
 from seesaw.scheduling.config import PolicyName, SchedulerConfig
 from seesaw.weights.sharding import Sharding, assign_ranks, check_layout, make_sharding
 from seesaw.weights.stages import head_weight_in_layers
-
-if TYPE_CHECKING:
-    from seesaw.execution.local import LocalExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +60,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """A checked plan: what `start` starts and the scheduler drives."""
+    """A checked plan: what `launch.start_local` starts and the scheduler drives."""
 
     options: Options
     spec: ModelSpec
@@ -75,12 +72,6 @@ class Deployment:
     host_kv: int
     memory: MemoryPlan
     scheduler: SchedulerConfig
-
-    def start(self) -> LocalExecutor:
-        """Start one worker per rank and wait until all are ready."""
-        from seesaw.execution.start import start_local
-
-        return start_local(self)
 
 
 def resolve(options: Options) -> Deployment:

@@ -20,6 +20,7 @@ from seesaw.core.errors import EngineError, RequestError
 from seesaw.core.request import CompletionOutput, Request, RequestOutput, TokenLogprob
 from seesaw.core.stats import EngineStats, TransitionRecord
 from seesaw.execution.base import Executor
+from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
 from seesaw.scheduling.sequence import Sequence
 from seesaw.text import TextState, Tokenizer
@@ -46,7 +47,7 @@ class Engine:
 
     def __init__(self, deployment: Deployment, executor: Executor, tokenizer: Tokenizer | None) -> None:
         self._deployment, self._executor, self._tokenizer = deployment, executor, tokenizer
-        self._scheduler = Scheduler(deployment.scheduler)
+        self._scheduler = Scheduler(deployment.scheduler, create_policy(deployment.scheduler))
         self._jobs: dict[int, _Job] = {}
         """By sequence id; the sequences of one request share a job."""
         self._texts: dict[int, TextState] = {}

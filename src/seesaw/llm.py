@@ -14,6 +14,7 @@ from seesaw.core.sampling import SamplingParams
 from seesaw.core.stats import EngineStats
 from seesaw.deployment import Deployment, Options, resolve
 from seesaw.engine import Engine
+from seesaw.launch import start_local
 from seesaw.text import Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -42,7 +43,7 @@ class LLM:
         fork_server()  # it imports torch while this process reads config and tokeniser
         self._deployment: Deployment = resolve(Options(model=str(model), **options))
         self.tokenizer = _load_tokenizer(str(model), tokenizer)
-        self._executor = self._deployment.start()
+        self._executor = start_local(self._deployment)
         # at exit too, and before the interpreter is taken down, which `__del__` would not be
         weakref.finalize(self, self._executor.close)
         self._engine = Engine(self._deployment, self._executor, self.tokenizer)

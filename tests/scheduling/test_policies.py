@@ -13,6 +13,7 @@ from seesaw.core.layout import Plan
 from seesaw.core.request import Request
 from seesaw.core.sampling import SamplingParams
 from seesaw.scheduling.config import SchedulerConfig
+from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
 from tests.scheduling.paged_stub import PagedStub
 
@@ -52,6 +53,10 @@ def serve(scheduler: Scheduler, requests: list[Request]) -> list[Action]:
     return actions
 
 
+def make(settings: SchedulerConfig) -> Scheduler:
+    return Scheduler(settings, create_policy(settings))
+
+
 def transitions(actions: list[Action]) -> int:
     return sum(isinstance(action, Transition) for action in actions)
 
@@ -59,18 +64,18 @@ def transitions(actions: list[Action]) -> int:
 def test_seesaw_changes_over_least() -> None:
     counts = {}
     for policy in ("seesaw", "prefill-first", "decode-first"):
-        scheduler = Scheduler(config("P2->T2", policy))
+        scheduler = make(config("P2->T2", policy))
         counts[policy] = transitions(serve(scheduler, [request(i, output=4 + i % 17) for i in range(200)]))
     assert counts["seesaw"] < counts["decode-first"] < counts["prefill-first"], counts
 
 
 def test_seesaw_needs_one_transition_when_the_host_holds_the_job() -> None:
-    scheduler = Scheduler(config("P2->T2", "seesaw", host_blocks=1000))
+    scheduler = make(config("P2->T2", "seesaw", host_blocks=1000))
     assert transitions(serve(scheduler, [request(i) for i in range(100)])) == 1
 
 
 def test_chunked_mixes_decode_with_prompts() -> None:
-    scheduler = Scheduler(config("T2", "chunked", max_batch_tokens=16))
+    scheduler = make(config("T2", "chunked", max_batch_tokens=16))
     forwards = [a for a in serve(scheduler, [request(i) for i in range(20)]) if isinstance(a, Forward)]
     mixed = [f for f in forwards if 1 in f.counts and max(f.counts) > 1]
     assert len(mixed) > 3
@@ -79,26 +84,26 @@ def test_chunked_mixes_decode_with_prompts() -> None:
 
 @pytest.mark.parametrize("policy", ["prefill-first", "decode-first"])
 def test_separate_batches_never_mix(policy: str) -> None:
-    scheduler = Scheduler(config("T2", policy))
+    scheduler = make(config("T2", policy))
     forwards = [a for a in serve(scheduler, [request(i) for i in range(20)]) if isinstance(a, Forward)]
     assert not [f for f in forwards if 1 in f.counts and max(f.counts) > 1]
 
 
 def test_long_prompts_are_fed_in_chunks() -> None:
-    scheduler = Scheduler(config("P2->T2", "seesaw", max_batch_tokens=10))
+    scheduler = make(config("P2->T2", "seesaw", max_batch_tokens=10))
     forwards = [a for a in serve(scheduler, [request(0, prompt=37, output=2)]) if isinstance(a, Forward)]
     assert [f.counts for f in forwards[:4]] == [[10], [10], [10], [7]]
     assert [bool(f.sampled) for f in forwards[:4]] == [False, False, False, True]
 
 
 def test_one_token_requests_never_touch_the_host() -> None:
-    scheduler = Scheduler(config("P2->T2", "seesaw"))
+    scheduler = make(config("P2->T2", "seesaw"))
     actions = serve(scheduler, [request(i, output=1) for i in range(30)])
     assert transitions(actions) == 0 and scheduler.host.peak == 0
 
 
 def test_prompts_that_can_never_fit_are_refused() -> None:
-    scheduler = Scheduler(config("T2", "chunked"))
+    scheduler = make(config("T2", "chunked"))
     with pytest.raises(RequestError, match="64"):
         scheduler.add(request(0, prompt=64), frozenset())
     with pytest.raises(RequestError, match="empty"):
@@ -108,7 +113,7 @@ def test_prompts_that_can_never_fit_are_refused() -> None:
 
 def test_the_same_input_gives_the_same_actions() -> None:
     jobs = [[request(i, prompt=1 + i % 30, output=1 + i % 20) for i in range(80)] for _ in range(2)]
-    first, second = (serve(Scheduler(config("D2P2->T4", "seesaw")), job) for job in jobs)
+    first, second = (serve(make(config("D2P2->T4", "seesaw")), job) for job in jobs)
     assert first == second
 
 

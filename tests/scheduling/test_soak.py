@@ -12,6 +12,7 @@ from seesaw.core.request import Request
 from seesaw.core.sampling import SamplingParams
 from seesaw.scheduling.config import SchedulerConfig
 from seesaw.scheduling.integrity import check_integrity
+from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
 from seesaw.scheduling.sequence import Sequence
 from tests.scheduling.paged_stub import VOCAB, PagedStub, expected
@@ -65,7 +66,7 @@ class Soak:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.config = random_config(self.rng)
-        self.scheduler = Scheduler(self.config)
+        self.scheduler = Scheduler(self.config, create_policy(self.config))
         self.stub = PagedStub(self.config.block_size, self.config.plan.reshards, self.rng)
         self.left = self.rng.randrange(5, 40)
         self.sequences: list[Sequence] = []

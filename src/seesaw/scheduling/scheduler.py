@@ -8,6 +8,7 @@ decision (`scheduling.policies`); what may be done, and what follows from it, is
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 from seesaw.core.actions import (
     DECODE,
@@ -31,6 +32,9 @@ from seesaw.scheduling.counters import Counters
 from seesaw.scheduling.replica import Replica
 from seesaw.scheduling.sequence import Sequence, Status
 
+if TYPE_CHECKING:
+    from seesaw.scheduling.policies.base import Policy
+
 
 class Scheduler:
     """Requests and completions in, actions out.
@@ -39,11 +43,9 @@ class Scheduler:
     writes none of them.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        from seesaw.scheduling.policies import create_policy  # policies are written against this class
-
+    def __init__(self, config: SchedulerConfig, policy: Policy) -> None:
         self.config = config
-        self.policy = create_policy(config)
+        self.policy = policy
         self.phase = PREFILL
         self.replicas = self._make_replicas(PREFILL)
         self.host = BlockPool(config.host_blocks)

@@ -1,20 +1,17 @@
-"""Starts the workers of a deployment on this node."""
+"""Starts the workers of a deployment on this node, with the host memory they share."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
+from seesaw.deployment import Deployment
 from seesaw.execution.local import LocalExecutor
 from seesaw.execution.messages import ShardingMessage, WorkerConfig
 from seesaw.kv.host_buffer import HostBuffer
 from seesaw.weights.sharding import Sharding
 from seesaw.weights.store import HostWeightStore
-
-if TYPE_CHECKING:
-    from seesaw.deployment import Deployment
 
 
 def start_local(deployment: Deployment) -> LocalExecutor:
