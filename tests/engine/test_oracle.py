@@ -87,7 +87,7 @@ def test_equals_transformers_under_every_plan(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*cases(1), *cases(2)], ids=name)
+@pytest.mark.parametrize("case", [*cases(1), *cases(2), *cases(4)], ids=name)
 def test_every_policy_in_both_loops(
     case: Case, oracles: dict[str, Oracle], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
