@@ -68,8 +68,8 @@ def _worker_config(
         device_blocks=list(memory.device_blocks[: len(shardings)]),
         host_blocks=memory.host_blocks,
         host_buffer_fd=-1 if host_buffer is None else host_buffer.fd,
-        model_path=options.model,
-        dummy_fd=-1 if store is None else store.fd,
+        store_path=options.model if store is None else store.source.path,
+        dummy_weights=store is not None,
         attention=options.attention,
         start_timeout=options.start_timeout,
     )

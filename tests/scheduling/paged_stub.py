@@ -68,7 +68,6 @@ class PagedStub:
     """Executes actions on paged token memory; `step` does one random thing and may return a completion."""
 
     block_size: int
-    reshards: bool
     rng: random.Random
     host: dict[int, list[int | None]] = field(default_factory=dict)
     epoch: int = 0

@@ -37,7 +37,7 @@ def request(number: int, prompt: int = 8, output: int = 12) -> Request:
 
 def serve(scheduler: Scheduler, requests: list[Request]) -> list[Action]:
     """All actions of a job whose executor completes everything at once."""
-    stub = PagedStub(scheduler.config.block_size, scheduler.config.plan.reshards, random.Random(0))
+    stub = PagedStub(scheduler.config.block_size, random.Random(0))
     for each in requests:
         scheduler.add(each, frozenset())
     scheduler.more_expected = False

@@ -67,7 +67,7 @@ class Soak:
         self.rng = random.Random(seed)
         self.config = random_config(self.rng)
         self.scheduler = Scheduler(self.config, create_policy(self.config))
-        self.stub = PagedStub(self.config.block_size, self.config.plan.reshards, self.rng)
+        self.stub = PagedStub(self.config.block_size, self.rng)
         self.left = self.rng.randrange(5, 40)
         self.sequences: list[Sequence] = []
         self.ended: set[int] = set()

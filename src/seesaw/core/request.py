@@ -1,4 +1,4 @@
-"""`Request`, `Sequence` state is the scheduler's; this file holds what goes in and what comes out."""
+"""What goes into the engine, `Request`, and what comes out, `RequestOutput`."""
 
 from __future__ import annotations
 

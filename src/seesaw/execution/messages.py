@@ -44,9 +44,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host_blocks: int
     host_buffer_fd: int
     """The host buffer's descriptor in the control process; -1 for none."""
-    model_path: str
-    dummy_fd: int
-    """The random weights' descriptor in the control process; -1 if the weights are files in `model_path`."""
+    store_path: str
+    """Where the host weight store is opened: the model's directory, or the memory of random weights."""
+    dummy_weights: bool
     attention: str | None
     start_timeout: float
     """Seconds to wait for the other ranks."""

@@ -10,7 +10,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import msgspec
@@ -42,7 +41,7 @@ from seesaw.kv.transfers import swap_in, swap_out
 from seesaw.weights.changes import Mode
 from seesaw.weights.reshard import RankWeights
 from seesaw.weights.sharding import Sharding, rank_view
-from seesaw.weights.store import HostWeightStore
+from seesaw.weights.store import HostWeightStore, StoreSource
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +92,8 @@ class Worker:
         return groups
 
     def _open_store(self) -> HostWeightStore:
-        if self._config.dummy_fd < 0:
-            return HostWeightStore.open(Path(self._config.model_path), self._spec)
-        fd = os.open(f"/proc/{self._config.control_pid}/fd/{self._config.dummy_fd}", os.O_RDONLY)
-        return HostWeightStore.attach_dummy(fd, self._spec, cast(DType, self._config.dtype))
+        dummy = cast(DType, self._config.dtype) if self._config.dummy_weights else None
+        return StoreSource(self._config.store_path, self._spec, dummy).open()
 
     def _pool_bytes(self, index: int) -> int:
         view, config = self._views[index], self._config
@@ -108,15 +105,18 @@ class Worker:
         if config.host_buffer_fd < 0:
             return None
         fd = os.open(f"/proc/{config.control_pid}/fd/{config.host_buffer_fd}", os.O_RDWR)
-        return HostBuffer.attach(
-            fd,
-            blocks=config.host_blocks,
-            layers=self._spec.layers,
-            kv_heads=self._spec.kv_heads,
-            block_size=config.block_size,
-            head_dim=self._spec.head_dim,
-            dtype=self._dtype,
-        )
+        try:
+            return HostBuffer.attach(
+                fd,
+                blocks=config.host_blocks,
+                layers=self._spec.layers,
+                kv_heads=self._spec.kv_heads,
+                block_size=config.block_size,
+                head_dim=self._spec.head_dim,
+                dtype=self._dtype,
+            )
+        finally:
+            os.close(fd)  # the buffer holds a descriptor of its own
 
     def _make_stage(self) -> Stage:
         view, sharding = self._views[self._current], self._shardings[self._current]
