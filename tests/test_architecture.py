@@ -24,15 +24,18 @@ TORCH_FREE_MODULES = (
 MAY_IMPORT = {
     "core": set(),
     "scheduling": {"core"},
-    "models": {"core"},
+    "ops": {"core", "native"},
+    "transport": {"core", "native"},
+    "models": {"core", "ops"},
     "weights": {"core", "models"},
     "planning": {"core", "scheduling", "models", "weights"},
     "kv": {"core", "native"},
     "attention": {"core", "native"},
     "native": {"core"},
-    "execution": {"core", "models", "weights", "kv", "attention", "native"},
+    "execution": {"core", "models", "weights", "kv", "attention", "ops", "transport", "native"},
     "report": {"core"},
     "jobs": {"core", "report", "text"},
+    "bench": None,
     "cli": None,
 }
 """Folders each folder may import from; None is everything."""

@@ -16,12 +16,13 @@ import psutil
 from seesaw.core.errors import ConfigError, LayoutError, ModelError
 from seesaw.core.layout import Layout, Plan
 from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec
+from seesaw.core.node import Place, load_node
 from seesaw.core.units import parse_bytes
 from seesaw.models.hf_config import load_spec
 from seesaw.planning.memory import MemoryBudget, MemoryPlan, TransitionMode, plan_memory
 from seesaw.scheduling.config import PolicyName, SchedulerConfig
 from seesaw.weights.sharding import Sharding, assign_ranks, check_layout, make_sharding
-from seesaw.weights.stages import head_weight_in_layers
+from seesaw.weights.stages import head_weight_in_layers, prefill_head_weight
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,13 @@ class Options:
     overlap: bool = True
     threads_per_rank: int = 1
     attention: str | None = None
+    transport: str = "auto"
+    """How tensors travel between ranks: `auto`, `shm`, `tcp` (ranks with addresses of their own) or `gloo`."""
+    node: str | None = None
+    """A JSON file that places each rank in a network namespace, control groups and cores (`core.node`)."""
     start_timeout: float = 120.0
+    profile: str | None = None
+    """A folder to which each rank writes where its time went, by phase and function (`rank0.json`, …)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +79,8 @@ class Deployment:
     host_kv: int
     memory: MemoryPlan
     scheduler: SchedulerConfig
+    places: tuple[Place, ...]
+    """Where each rank runs."""
 
 
 def resolve(options: Options) -> Deployment:
@@ -82,6 +91,7 @@ def resolve(options: Options) -> Deployment:
     if not dummy:
         _check_weights(options.model, spec)
     plan = _choose_plan(options, spec)
+    places = _places(options, plan)
     shardings = _shardings(spec, plan)
     dtype = _choose_dtype(options, spec)
     device_memory, host_kv = _budgets(options, plan)
@@ -127,10 +137,13 @@ def resolve(options: Options) -> Deployment:
         host_kv=host_kv,
         memory=memory,
         scheduler=scheduler,
+        places=places,
     )
 
 
 def _check_choices(options: Options) -> None:
+    if options.profile is not None and not Path(options.profile).is_dir():
+        raise ConfigError(f"profile {options.profile!r}: no such folder; make it first")
     if options.device != "cpu":
         raise ConfigError(f"device {options.device!r}: this version runs on 'cpu' only")
     choices = {
@@ -184,6 +197,24 @@ def _default_plan(ranks: int, spec: ModelSpec) -> Plan:
     return Plan.parse(f"D{ranks}")
 
 
+def _places(options: Options, plan: Plan) -> tuple[Place, ...]:
+    """The places that the node file gives the ranks; without one, each has cores of its own as far as they go."""
+    if options.node is None:
+        cores = sorted(os.sched_getaffinity(0))
+        return tuple(Place(cores=_cores(rank, options.threads_per_rank, cores)) for rank in range(plan.world))
+    places = load_node(options.node).ranks
+    if len(places) < plan.world:
+        raise ConfigError(
+            f"node file {options.node}: has places for {len(places)} ranks, but plan {plan} needs {plan.world}"
+        )
+    return tuple(places[: plan.world])
+
+
+def _cores(rank: int, threads: int, cores: list[int]) -> list[int]:
+    """Neighbouring cores for each rank; ranks share cores in turn when there are too few."""
+    return sorted({cores[(rank * threads + i) % len(cores)] for i in range(threads)})
+
+
 def _shardings(spec: ModelSpec, plan: Plan) -> tuple[Sharding, Sharding]:
     """Stages balanced for what each phase does: the LM head runs on one token of a prompt, but at every step
     of decode. Ranks take the places that move least."""
@@ -191,7 +222,7 @@ def _shardings(spec: ModelSpec, plan: Plan) -> tuple[Sharding, Sharding]:
     if not plan.reshards:
         both = make_sharding(spec, plan.prefill, head_weight=head)
         return both, both
-    prefill = make_sharding(spec, plan.prefill, head_weight=0.0)
+    prefill = make_sharding(spec, plan.prefill, head_weight=prefill_head_weight(spec))
     decode = make_sharding(spec, plan.decode, head_weight=head)
     return prefill, assign_ranks(spec, prefill, decode)
 

@@ -7,19 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from seesaw.core.actions import (
-    ChosenToken,
-    Completion,
-    CopiesDone,
-    Forward,
-    SwapIn,
-    Transition,
-    TransitionDone,
-)
+from seesaw.core.actions import ChosenToken
 from seesaw.core.errors import EngineError, RequestError
 from seesaw.core.request import CompletionOutput, Request, RequestOutput, TokenLogprob
-from seesaw.core.stats import EngineStats, TransitionRecord
+from seesaw.core.stats import EngineStats
 from seesaw.execution.base import Executor
+from seesaw.metering import Meter
 from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
 from seesaw.scheduling.sequence import Sequence
@@ -55,23 +48,14 @@ class Engine:
         self._eos = frozenset(deployment.spec.eos_token_ids) | frozenset(
             tokenizer.eos_token_ids if tokenizer is not None else ()
         )
-        self._activity = "idle"
-        """What the ranks were last found to be doing, for statistics."""
-        self._activities: dict[int, str] = {}
-        """What Forwards and transitions in flight are, by action."""
-        self._swap_ins: set[int] = set()
+        layouts = tuple(str(sharding.layout) for sharding in deployment.shardings)
+        self._meter = Meter(deployment.plan.separate, deployment.memory.mode, layouts)
         self._done: list[RequestOutput] = []
         self._broken = False
         """Whether an exception left scheduler and ranks out of step."""
         self._failed = 0
         self._finished = 0
         self._started = time.monotonic()
-        self._seconds: dict[str, float] = {}
-        self._records: list[TransitionRecord] = []
-        self._changing: dict[int, int] = {}
-        """Transitions in flight: action id → phase."""
-        self._swapped_out_bytes = 0
-        self._swapped_in_bytes = 0
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -93,8 +77,10 @@ class Engine:
                 yield from self._take_done()
                 if source is None and not self._scheduler.unfinished:
                     return
+                self._meter.begin()
                 self._submit()
                 self._await()
+                self._meter.end()
         except GeneratorExit:
             self._give_up()  # between two steps, so that the books and the ranks agree
             raise
@@ -153,13 +139,7 @@ class Engine:
     def _submit(self) -> None:
         actions = self._scheduler.schedule()
         for action in actions:
-            if isinstance(action, SwapIn):
-                self._swap_ins.add(action.id)
-            elif isinstance(action, Transition):
-                self._changing[action.id] = action.target
-                self._activities[action.id] = "transition"
-            elif isinstance(action, Forward):
-                self._activities[action.id] = self._label(action)
+            self._meter.submitted(action)
             self._executor.submit(action)
         if not actions and not self._scheduler.in_flight:
             raise EngineError(
@@ -167,36 +147,15 @@ class Engine:
             )
 
     def _await(self) -> None:
-        """Wait for completions and take them in; the time goes to what the ranks were found to be doing."""
+        """Wait for completions and take them in."""
         before = time.monotonic()
         completions = self._executor.wait()
-        labels = [self._activities.pop(c.id) for c in completions if not isinstance(c, CopiesDone)]
-        self._activity = labels[0] if labels else self._activity
-        waited = time.monotonic() - before
-        self._seconds[self._activity] = self._seconds.get(self._activity, 0.0) + waited
+        self._meter.waited(time.monotonic() - before, completions)
         for completion in completions:
-            self._complete(completion)
+            for sequence in self._scheduler.complete(completion):
+                self._watch_text(sequence)
         for sequence in self._scheduler.take_finished():
             self._finish(sequence)
-
-    def _label(self, action: Forward) -> str:
-        if not self._deployment.plan.separate:
-            return "mixed"
-        return "prefill" if max(action.counts) > 1 or action.write_through else "decode"
-
-    def _complete(self, completion: Completion) -> None:
-        if isinstance(completion, CopiesDone):
-            if completion.id in self._swap_ins:
-                self._swap_ins.discard(completion.id)
-                self._swapped_in_bytes += completion.bytes
-            else:
-                self._swapped_out_bytes += completion.bytes
-        elif isinstance(completion, TransitionDone):
-            target = self._deployment.shardings[self._changing.pop(completion.id)].layout
-            mode = self._deployment.memory.mode
-            self._records.append(TransitionRecord(str(target), completion.bytes, completion.seconds, mode))
-        for sequence in self._scheduler.complete(completion):
-            self._watch_text(sequence)
 
     def _watch_text(self, sequence: Sequence) -> None:
         """Feed the new token of a sequence with stop strings to its text; end it when one appears."""
@@ -281,12 +240,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Where the engine stands. May be called from another thread while `run` is iterated."""
-        scheduler, memory = self._scheduler, self._deployment.memory
+        scheduler, memory, meter = self._scheduler, self._deployment.memory, self._meter
         counters = scheduler.counters
         block = self._deployment.spec.kv_bytes_per_token(self._deployment.dtype) * scheduler.config.block_size
         return EngineStats(
             plan=str(self._deployment.plan),
-            phase=self._activity if scheduler.unfinished else "idle",
+            phase=meter.activity if scheduler.unfinished else "idle",
             requests_waiting=len(scheduler.waiting),
             requests_running=sum(replica.resident for replica in scheduler.replicas),
             requests_finished=self._finished,
@@ -294,10 +253,14 @@ class Engine:
             prompt_tokens=counters.prompt_tokens,
             output_tokens=counters.output_tokens,
             elapsed_seconds=time.monotonic() - self._started,
-            seconds_per_phase=dict(self._seconds),
-            transitions=tuple(self._records),
-            swapped_out_bytes=self._swapped_out_bytes,
-            swapped_in_bytes=self._swapped_in_bytes,
+            seconds_per_phase=dict(meter.seconds),
+            host_seconds=dict(meter.host_seconds),
+            rank_host_seconds=dict(meter.rank_host_seconds),
+            steps=dict(meter.steps),
+            phase_tokens=dict(meter.tokens),
+            transitions=tuple(meter.transitions),
+            swapped_out_bytes=meter.swapped_out_bytes,
+            swapped_in_bytes=meter.swapped_in_bytes,
             preemptions_swapped=counters.swapped_out,
             preemptions_recomputed=counters.recomputed,
             device_memory_peak_bytes=tuple(

@@ -10,6 +10,8 @@ from seesaw.deployment import Deployment
 from seesaw.execution.local import LocalExecutor
 from seesaw.execution.messages import ShardingMessage, WorkerConfig
 from seesaw.kv.host_buffer import HostBuffer
+from seesaw.transport.select import resolve_kind
+from seesaw.transport.shared_memory import create_region
 from seesaw.weights.sharding import Sharding
 from seesaw.weights.store import HostWeightStore
 
@@ -34,11 +36,24 @@ def start_local(deployment: Deployment) -> LocalExecutor:
     if deployment.dummy:
         store = HostWeightStore.dummy(spec, deployment.dtype, deployment.options.seed)
     shardings = list(deployment.shardings[: 2 if deployment.plan.reshards else 1])
+    transport, region = _transport(deployment)
     configs = [
-        _worker_config(deployment, shardings, rank, host_buffer, store)
+        _worker_config(deployment, shardings, rank, host_buffer, store, (transport, region))
         for rank in range(deployment.plan.world)
     ]
-    return LocalExecutor(configs, list(deployment.shardings), host_buffer=host_buffer, store=store)
+    try:
+        return LocalExecutor(configs, list(deployment.shardings), host_buffer=host_buffer, store=store)
+    finally:
+        if region >= 0:
+            os.close(region)  # the ranks have mapped it
+
+
+def _transport(deployment: Deployment) -> tuple[str, int]:
+    """The transport to use, and the descriptor of its shared memory (-1 for none)."""
+    world = deployment.plan.world
+    addresses = all(place.address for place in deployment.places)
+    kind = resolve_kind(deployment.options.transport, world=world, addresses=addresses)
+    return kind, create_region(world) if kind == "shm" else -1
 
 
 def _worker_config(
@@ -47,6 +62,7 @@ def _worker_config(
     rank: int,
     host_buffer: HostBuffer | None,
     store: HostWeightStore | None,
+    transport: tuple[str, int],
 ) -> WorkerConfig:
     options, memory = deployment.options, deployment.memory
     return WorkerConfig(
@@ -57,7 +73,9 @@ def _worker_config(
         outbox="",
         rendezvous="",
         device=options.device,
-        cores=_cores(rank, options.threads_per_rank),
+        transport=transport[0],
+        transport_fd=transport[1],
+        place=deployment.places[rank],
         threads=options.threads_per_rank,
         spec=deployment.spec,
         dtype=deployment.dtype,
@@ -71,15 +89,10 @@ def _worker_config(
         store_path=options.model if store is None else store.source.path,
         dummy_weights=store is not None,
         attention=options.attention,
+        profile=options.profile or "",
         start_timeout=options.start_timeout,
     )
 
 
 def _message(sharding: Sharding) -> ShardingMessage:
     return ShardingMessage(str(sharding.layout), [len(s) for s in sharding.stages], list(sharding.ranks))
-
-
-def _cores(rank: int, threads: int) -> list[int]:
-    """Neighbouring cores for each rank; ranks share cores in turn when there are too few."""
-    cores = sorted(os.sched_getaffinity(0))
-    return sorted({cores[(rank * threads + i) % len(cores)] for i in range(threads)})

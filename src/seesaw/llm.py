@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -40,6 +42,8 @@ class LLM:
             raise ConfigError(f"LLM: unknown argument {unknown[0]!r}; known are {', '.join(sorted(known))}")
         from seesaw.execution.fork_server import fork_server
 
+        started = time.monotonic()
+
         fork_server()  # it imports torch while this process reads config and tokeniser
         self._deployment: Deployment = resolve(Options(model=str(model), **options))
         self.tokenizer = _load_tokenizer(str(model), tokenizer)
@@ -47,6 +51,7 @@ class LLM:
         # at exit too, and before the interpreter is taken down, which `__del__` would not be
         weakref.finalize(self, self._executor.close)
         self._engine = Engine(self._deployment, self._executor, self.tokenizer)
+        self._start_seconds = time.monotonic() - started
         self._requests = 0
 
     @property
@@ -102,7 +107,7 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Where the engine stands: rows, tokens, phase, memory, transitions."""
-        return self._engine.stats()
+        return replace(self._engine.stats(), start_seconds=self._start_seconds)
 
     def close(self) -> None:
         """End the workers and free their memory. May be called twice."""

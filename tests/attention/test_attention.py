@@ -180,6 +180,30 @@ def test_writes_the_new_tokens_and_nothing_else(dtype: torch.dtype, backend: Att
     assert torch.equal(case.pool.nan_to_num(9), before.nan_to_num(9))
 
 
+@pytest.mark.parametrize("backend", backends(), ids=lambda backend: backend.name)
+@pytest.mark.parametrize("kept", [[0, 2], []], ids=["two of three", "none"])
+def test_queries_of_some_tokens_only(backend: AttentionBackend, kept: list[int]) -> None:
+    """All K and V are written; of the sequences `kept` the last token alone asks."""
+    case, whole = Case([10, 0, 90], [7, 20, 3]), Case([10, 0, 90], [7, 20, 3])
+    expected = whole.run(backend)
+    batch = case.batch(case.contexts, case.counts)
+    rows = [(case.contexts[i], case.contexts[i] + case.counts[i]) for i in range(3)]
+    k, v = (torch.cat([x[i][a:b] for i, (a, b) in enumerate(rows)]) for x in (case.k, case.v))
+    some = AttentionBatch(
+        torch.arange(len(kept) + 1, dtype=torch.int32),
+        torch.tensor([rows[i][1] - 1 for i in kept], dtype=torch.int32),
+        batch.block_tables[kept],
+        batch.slot_mapping,
+        1,
+    )
+    q = torch.cat([case.q[i][-1:] for i in kept]) if kept else case.q[0][:0]
+    out = backend.attend(q, k, v, case.pool[:, 1], some, scale=case.head_dim**-0.5, window=None)
+    assert torch.equal(case.pool.nan_to_num(9), whole.pool.nan_to_num(9))
+    assert len(out) == len(kept)
+    for row, index in zip(out, kept, strict=True):
+        torch.testing.assert_close(row, expected[index][-1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("threads", [1, 2])

@@ -13,6 +13,7 @@ from torch import Tensor
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import ModelSpec
 from seesaw.models.decoder import Decoder
+from seesaw.ops.torch_ops import TorchOperators
 from seesaw.weights.sharding import RankView, Sharding, rank_view
 
 _T = TypeVar("_T")
@@ -73,12 +74,20 @@ def _layer(spec: ModelSpec, view: RankView, state: Mapping[str, Tensor]) -> dict
 
 
 class DenseAttend:
-    """Causal attention of whole sequences, packed one after another; `lengths` are theirs in tokens."""
+    """Causal attention of whole sequences, packed one after another; `lengths` are theirs in tokens.
 
-    def __init__(self, spec: ModelSpec, view: RankView, lengths: list[int]) -> None:
+    `sampled_rows` are the packed rows that `sampled` calls are about.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, view: RankView, lengths: list[int], sampled_rows: Tensor | None = None
+    ) -> None:
         self.spec, self.view, self.lengths = spec, view, lengths
+        self.sampled_rows = sampled_rows
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sampled: bool = False) -> Tensor:
+        if sampled:
+            q = torch.zeros(len(k), *q.shape[1:]).index_copy_(0, self.sampled_rows, q)
         assert q.shape[1:] == (len(self.view.q_heads), self.spec.head_dim)
         assert k.shape[1:] == v.shape[1:] == (len(self.view.kv_heads), self.spec.head_dim)
         group = self.spec.heads // self.spec.kv_heads
@@ -88,7 +97,8 @@ class DenseAttend:
             self._sequence(layer, *part)
             for part in zip(*(torch.split(x, self.lengths) for x in (q, k, v)), strict=True)
         ]
-        return torch.cat(parts).flatten(1)
+        mixed = torch.cat(parts).flatten(1)
+        return mixed[self.sampled_rows] if sampled else mixed
 
     def _sequence(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = torch.einsum("qhd,khd->hqk", q, k) * self.spec.head_dim**-0.5
@@ -129,8 +139,10 @@ def run_logits(
     sequences: list[list[int]],
     layout: Layout | None = None,
     stages: tuple[range, ...] | None = None,
+    sampled_rows: Tensor | None = None,
 ) -> Tensor:
-    """Logits `[all tokens, vocab]` of packed sequences, computed under a layout (unsharded by default)."""
+    """Logits `[all tokens, vocab]` of packed sequences, computed under a layout (unsharded by default); with
+    `sampled_rows`, of these packed rows only."""
     grid = views(spec, layout or Layout(), stages or (range(spec.layers),))
     lengths = [len(sequence) for sequence in sequences]
     tokens = torch.tensor([token for sequence in sequences for token in sequence])
@@ -140,9 +152,12 @@ def run_logits(
         shared = ThreadSum(len(stage))
 
         def rank(view: RankView, before: Tensor = hidden, shared: ThreadSum = shared) -> Tensor:
-            decoder = Decoder(spec, view, sliced(spec, view, state), shared.of(view.coordinate.tp))
+            decoder = Decoder(
+                spec, view, sliced(spec, view, state), shared.of(view.coordinate.tp), TorchOperators()
+            )
             start = decoder.embed(tokens) if view.first_stage else before.clone()
-            out = decoder.layers(start, positions, DenseAttend(spec, view, lengths))
+            attend = DenseAttend(spec, view, lengths, sampled_rows)
+            out = decoder.layers(start, positions, attend, sampled_rows=sampled_rows)
             return decoder.logits(out) if view.last_stage else out
 
         outs = _in_threads(stage, rank)

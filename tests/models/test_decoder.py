@@ -14,6 +14,7 @@ from seesaw.core.layout import Layout
 from seesaw.core.model_spec import ModelSpec
 from seesaw.models.decoder import Decoder
 from seesaw.models.hf_config import load_spec
+from seesaw.ops.torch_ops import TorchOperators
 from seesaw.weights.sharding import device_tensors, make_sharding, rank_view
 from tests.checkpoints import FAMILIES, make_checkpoint, reference_model
 from tests.models.shards import DenseAttend, ThreadSum, run_logits, sliced, views
@@ -94,6 +95,17 @@ def test_sharded_logits_equal_those_of_transformers(case: _Case, layout: str) ->
 
 @every_variant
 @pytest.mark.parametrize("layout", ["T1", "P2T3"])
+@pytest.mark.parametrize("rows", [[3, 89, 90, 106], []], ids=["some", "none"])
+def test_the_last_layer_computes_sampled_rows_only(case: _Case, layout: str, rows: list[int]) -> None:
+    parsed = Layout.parse(layout)
+    stages = (range(0, 3), range(3, 5)) if parsed.pp == 2 else (range(5),)
+    sampled = torch.tensor(rows, dtype=torch.int64)
+    logits = run_logits(case.spec, case.state, case.sequences, parsed, stages, sampled)
+    _assert_same(logits, case.expected[sampled])
+
+
+@every_variant
+@pytest.mark.parametrize("layout", ["T1", "P2T3"])
 def test_decoder_takes_what_sharding_provides(case: _Case, layout: str) -> None:
     """Names and shapes of the device tensors are those of the weights cut by hand."""
     sharding = make_sharding(case.spec, Layout.parse(layout))
@@ -122,7 +134,7 @@ def test_decoder_reads_weights_without_copying_them(case: _Case) -> None:
     view = views(case.spec, Layout(), (range(5),))[0][0]
     final = sliced(case.spec, view, case.state)
     weights = {name: torch.zeros_like(tensor) for name, tensor in final.items()}
-    decoder = Decoder(case.spec, view, weights, ThreadSum(1).of(0))
+    decoder = Decoder(case.spec, view, weights, ThreadSum(1).of(0), TorchOperators())
     for name, tensor in final.items():
         weights[name].copy_(tensor)
     tokens = case.sequences[0]
@@ -135,15 +147,20 @@ def test_decoder_reads_weights_without_copying_them(case: _Case) -> None:
 @pytest.mark.parametrize("case", ["mistral"], indirect=True)
 def test_layers_go_by_their_global_numbers(case: _Case) -> None:
     view = views(case.spec, Layout.parse("P2"), (range(2), range(2, 5)))[1][0]
-    decoder = Decoder(case.spec, view, sliced(case.spec, view, case.state), ThreadSum(1).of(0))
+    decoder = Decoder(
+        case.spec, view, sliced(case.spec, view, case.state), ThreadSum(1).of(0), TorchOperators()
+    )
     events: list[tuple[str, int]] = []
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *, sampled: bool = False) -> Tensor:
         events.append(("attend", layer))
         return torch.zeros(len(q), q.shape[1] * q.shape[2])
 
     decoder.layers(
-        torch.ones(2, 72), torch.tensor([0, 7]), attend, lambda layer: events.append(("after", layer))
+        torch.ones(2, 72),
+        torch.tensor([0, 7]),
+        attend,
+        after_attention=lambda layer: events.append(("after", layer)),
     )
     assert events == [(what, layer) for layer in (2, 3, 4) for what in ("attend", "after")]
 
@@ -162,7 +179,7 @@ def test_all_reduce_runs_only_between_several_ranks(case: _Case) -> None:
     for layout, expected in (("T1", 0), ("T2", 1 + 2 * 5)):
         counting = Counting()
         view = views(case.spec, Layout.parse(layout), (range(5),))[0][0]
-        decoder = Decoder(case.spec, view, sliced(case.spec, view, case.state), counting)
+        decoder = Decoder(case.spec, view, sliced(case.spec, view, case.state), counting, TorchOperators())
         out = decoder.layers(
             decoder.embed(torch.tensor([3])), torch.tensor([0]), DenseAttend(case.spec, view, [1])
         )
@@ -176,4 +193,4 @@ def test_misshapen_weights_are_caught_at_construction(case: _Case) -> None:
     weights = sliced(case.spec, view, case.state)
     weights["layers.1.qkv.weight"] = weights["layers.1.qkv.weight"][:-1]
     with pytest.raises(AssertionError):
-        Decoder(case.spec, view, weights, SimpleNamespace(all_reduce=lambda x: x))
+        Decoder(case.spec, view, weights, SimpleNamespace(all_reduce=lambda x: x), TorchOperators())

@@ -209,7 +209,7 @@ def test_rank_view_names_the_right_neighbours() -> None:
     assert (ends[1].last_stage, ends[1].next_rank) == (True, None)
 
 
-@pytest.mark.parametrize("head_weight", [0.0, 0.4, 1.0, 2.5, 3.0, 50.0])
+@pytest.mark.parametrize("head_weight", [-0.9, -0.4, 0.0, 0.4, 1.0, 2.5, 3.0, 50.0])
 @pytest.mark.parametrize("layers", [1, 2, 5, 9])
 def test_stages_are_optimal(layers: int, head_weight: float) -> None:
     for pp in range(1, layers + 1):

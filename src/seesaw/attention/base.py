@@ -12,19 +12,20 @@ from torch import Tensor
 class AttentionBatch:
     """Where the sequences of one micro-batch lie. Built once per Forward and used by every layer.
 
-    B sequences with N new tokens in all, on the device of the pool, every tensor contiguous.
+    B sequences with Q queries in all, on the device of the pool, every tensor contiguous. Commonly each of the
+    N new tokens has a query; where not, the queries of a sequence are those of its last tokens.
     """
 
     query_starts: Tensor
-    """int32 `[B + 1]`: sequence b's new tokens are `query_starts[b] .. query_starts[b + 1]` of N."""
+    """int32 `[B + 1]`: sequence b's queries are `query_starts[b] .. query_starts[b + 1]` of Q."""
     context_starts: Tensor
-    """int32 `[B]`: tokens of the sequence in the pool already; the position of its first new token."""
+    """int32 `[B]`: the position of the sequence's first query."""
     block_tables: Tensor
     """int32 `[B, blocks]`: device blocks in order of position, new tokens included; rows are padded."""
     slot_mapping: Tensor
     """int64 `[N]`: `block * block_size + offset`, where K and V of each new token go."""
     max_query: int
-    """Most new tokens of a sequence."""
+    """Most queries of a sequence."""
 
 
 class AttentionBackend(Protocol):
@@ -45,13 +46,13 @@ class AttentionBackend(Protocol):
     ) -> Tensor:
         """Write `k` and `v` of the new tokens into the pool, then attend over each sequence's whole context.
 
-        `q` is `[N, q_heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]`, after rotary embedding; rows
+        `q` is `[Q, q_heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]`, after rotary embedding; rows
         may be strided, heads and channels are contiguous. Query head h reads KV head `h * kv_heads //
         q_heads`; `q_heads` is a multiple of `kv_heads` and `head_dim` of 8. `pool_layer` is `[blocks, 2,
         kv_heads, block_size, head_dim]`, contiguous within a block. Types are float32, bfloat16 or float16;
         sums are float32. A token sees itself and, with a `window`, the `window - 1` tokens before it.
 
-        Returns `[N, q_heads * head_dim]`, contiguous, in q's type. A sequence's result does not depend on the
+        Returns `[Q, q_heads * head_dim]`, contiguous, in q's type. A sequence's result does not depend on the
         other sequences of the batch.
         """
         ...

@@ -30,7 +30,8 @@ class _Arguments(ctypes.Structure):
         ),
         *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride")),
         *((name, ctypes.c_int64) for name in ("blocks", "block_stride", "table_width")),
-        *((name, ctypes.c_int64) for name in ("tokens", "sequences", "q_heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("tokens", "queries", "sequences")),
+        *((name, ctypes.c_int64) for name in ("q_heads", "kv_heads")),
         *((name, ctypes.c_int64) for name in ("block_size", "head_dim", "window")),
         *((name, ctypes.c_int32) for name in ("q_dtype", "pool_dtype", "threads")),
         ("scale", ctypes.c_float),
@@ -66,10 +67,10 @@ class CpuAttention:
         """See `AttentionBackend.attend`."""
         if k.dtype != pool_layer.dtype:
             k, v = k.to(pool_layer.dtype), v.to(pool_layer.dtype)
-        tokens, q_heads, head_dim = q.shape
+        queries, q_heads, head_dim = q.shape
         blocks, _, kv_heads, block_size, _ = pool_layer.shape
         _check(q, k, v, pool_layer, batch)
-        out = torch.empty((tokens, q_heads * head_dim), dtype=q.dtype)
+        out = torch.empty((queries, q_heads * head_dim), dtype=q.dtype)
         arguments = _Arguments(
             q.data_ptr(),
             k.data_ptr(),
@@ -86,7 +87,8 @@ class CpuAttention:
             blocks,
             pool_layer.stride(0),
             batch.block_tables.shape[1],
-            tokens,
+            k.shape[0],
+            queries,
             batch.context_starts.shape[0],
             q_heads,
             kv_heads,
@@ -105,7 +107,7 @@ class CpuAttention:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, pool_layer: Tensor, batch: AttentionBatch) -> None:
     """What the kernel takes for granted; it reads memory by these shapes."""
-    tokens, q_heads, head_dim = q.shape
+    (_, q_heads, head_dim), tokens = q.shape, k.shape[0]
     _, pair, kv_heads, block_size, _ = pool_layer.shape
     plane = block_size * head_dim
     for rows in (q, k, v):

@@ -81,6 +81,11 @@ class Forward(msgspec.Struct, array_like=True, frozen=True, tag=True):
     feedback_from: int
     """Id of the latest `Forward` whose sampled tokens stand as FEEDBACK in `tokens`; -1 for none."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether this is a decode step: one token of each sequence, and nothing written through."""
+        return max(self.counts) == 1 and not self.write_through
+
 
 class SwapOut(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Copy KV from device blocks of a replica to host blocks, after all earlier `Forward`s of the replica."""
@@ -125,6 +130,8 @@ class ForwardDone(msgspec.Struct, array_like=True, frozen=True, tag=True):
     tokens: list[int]
     logprobs: list[ChosenToken | None]
     """Empty when no item asked for log-probabilities."""
+    host_seconds: float = 0.0
+    """Of the time the sampling rank had the action in hand, what went to anything but the model."""
 
 
 class CopiesDone(msgspec.Struct, array_like=True, frozen=True, tag=True):
@@ -136,12 +143,17 @@ class CopiesDone(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 class TransitionDone(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """All ranks run under the new sharding. `bytes` were copied from the host store, summed over ranks."""
+    """All ranks run under the new sharding."""
 
     id: int
     bytes: int
+    """Fetched from the host store, summed over ranks."""
     seconds: float
     """From the first rank's start to the last rank's end."""
+    copied: int = 0
+    """Bytes that ranks had and copied to other places, summed over ranks."""
+    moving: float = 0.0
+    """Longest time that a rank spent fetching and copying."""
 
 
 Completion = ForwardDone | CopiesDone | TransitionDone

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class TransitionRecord:
-    """One change of layout: where to, bytes copied from the host store (all ranks), seconds, mode."""
+    """One change of layout: where to, bytes copied from the host store (all ranks), seconds from the first
+    rank's start to the last one's end, mode; bytes copied on the devices (all ranks), and the longest time that
+    a rank spent on its copies."""
 
     target: str
     bytes: int
     seconds: float
     mode: str
+    copied_bytes: int = 0
+    moving_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +34,18 @@ class EngineStats:
     output_tokens: int
     elapsed_seconds: float
     seconds_per_phase: dict[str, float]
-    """Time the engine waited for its ranks, by what they were doing."""
+    """Time the engine waited for its ranks, by what they were doing (`prefill`, `decode`, `mixed`,
+    `transition`)."""
+    host_seconds: dict[str, float] = field(default_factory=dict)
+    """Processor time of the control process's loop, likewise."""
+    rank_host_seconds: dict[str, float] = field(default_factory=dict)
+    """Time of a sampling rank that went to anything but the model, likewise."""
+    steps: dict[str, int] = field(default_factory=dict)
+    """Forwards completed, likewise."""
+    phase_tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens fed to these Forwards."""
+    start_seconds: float = 0.0
+    """From asking for the engine until its ranks were ready."""
     transitions: tuple[TransitionRecord, ...]
     swapped_out_bytes: int
     swapped_in_bytes: int

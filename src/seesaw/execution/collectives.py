@@ -1,125 +1,95 @@
-"""What ranks say to each other: tensor-parallel collectives and the links of the pipeline."""
+"""What ranks say to each other: tensor-parallel collectives and the links of the pipeline, over a transport."""
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
+from torch.nn.functional import pad
 
+from seesaw.transport.base import Transport
 from seesaw.weights.sharding import RankView
 
-_HIDDEN, _TOKENS = 1, 2
-"""Message tags: hidden states to the next stage, sampled tokens to the first."""
+_HIDDEN, _TOKENS = 0, 1
+"""Channels: hidden states to the next stage, sampled tokens to the first."""
 
 
-def join_world(*, rank: int, world: int, rendezvous: str, timeout: float) -> None:
-    """Meet the other ranks through the file `rendezvous`. Raises after `timeout` seconds without them."""
-    if world > 1:
-        store = FileStore(rendezvous, world)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-        )
-
-
-class Groups:
-    """Process groups by member ranks; each is made once, by all ranks in the same order."""
-
-    def __init__(self) -> None:
-        self._groups: dict[tuple[int, ...], Any] = {}
-
-    def make(self, members: tuple[int, ...]) -> None:
-        """Make the group of these ranks, in tensor-parallel order. Every rank of the world calls this."""
-        if len(members) > 1 and members not in self._groups:
-            ordered = sorted(members)
-            key = tuple(ordered)
-            if key not in self._groups:
-                self._groups[key] = dist.new_group(ordered)
-            self._groups[members] = self._groups[key]
-
-    def get(self, members: tuple[int, ...]) -> Any:
-        """The group of these ranks; None for a single rank."""
-        return self._groups.get(members)
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TensorParallelGroup:
     """The ranks that share the layers of one stage of one replica."""
 
     view: RankView
-    group: Any
+    transport: Transport
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum `x` over the ranks, in place."""
-        dist.all_reduce(x, group=self.group)
-        return x
+        return self.transport.all_reduce(x, self.view.tp_ranks)
 
     def gather_logits(self, local: Tensor, widths: list[int]) -> Tensor | None:
-        """Logits `[M, vocab]` on tensor-parallel index 0 from `[M, widths[i]]` on rank i; None elsewhere."""
-        if self.group is None:
+        """Logits `[M, vocab]` on tensor-parallel index 0 from `[M, widths[i]]` on index i; None elsewhere."""
+        if len(widths) == 1:
             return local
-        widest = max(widths)
-        if local.shape[1] < widest:
-            local = torch.nn.functional.pad(local, (0, widest - local.shape[1]))
-        local = local.contiguous()
-        root = self.view.tp_ranks[0]
-        if self.view.rank != root:
-            dist.gather(local, dst=root, group=self.group)
+        padded = pad(local, (0, max(widths) - local.shape[1])).contiguous()
+        parts = self.transport.gather(padded, self.view.tp_ranks)
+        if parts is None:
             return None
-        ordered = sorted(self.view.tp_ranks)
-        by_rank = {rank: torch.empty_like(local) for rank in ordered}
-        dist.gather(local, [by_rank[rank] for rank in ordered], dst=root, group=self.group)
-        return torch.cat([by_rank[r][:, :w] for r, w in zip(self.view.tp_ranks, widths, strict=True)], dim=1)
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
+    def gather_best(self, scores: Tensor, tokens: Tensor) -> Tensor | None:
+        """The best token of each row on tensor-parallel index 0, from each rank's own best; None elsewhere.
+
+        `scores` and `tokens` are `[M]`: the largest logit among the rank's part of the vocabulary, and its
+        token. Of equal scores the lowest token wins, and a NaN wins over all.
+        """
+        if len(self.view.tp_ranks) == 1:
+            return tokens
+        # float64 holds every score of the types we compute in, and every token, exactly
+        parts = self.transport.gather(torch.stack([scores.double(), tokens.double()]), self.view.tp_ranks)
+        if parts is None:
+            return None
+        both = torch.stack(parts)
+        best = both[:, 0].argmax(dim=0, keepdim=True)
+        return both[:, 1].gather(0, best)[0].long()
 
     def broadcast_tokens(self, tokens: Tensor) -> Tensor:
         """The tokens of tensor-parallel index 0 on every rank, in place."""
-        if self.group is not None:
-            dist.broadcast(tokens, src=self.view.tp_ranks[0], group=self.group)
-        return tokens
+        if len(self.view.tp_ranks) == 1:
+            return tokens
+        return self.transport.broadcast(tokens, self.view.tp_ranks)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PipelineLinks:
-    """Messages between stages: hidden states forward, sampled tokens from the last stage to the first."""
+    """Messages between stages: hidden states forward, sampled tokens from the last stage to the first.
+
+    Rank i of a stage's tensor-parallel group talks to rank i of the next one; hidden states are whole on each.
+    """
 
     view: RankView
-    _sending: deque[tuple[Any, Tensor]] = field(default_factory=deque)
-    """Sends in progress with the tensors they read."""
+    transport: Transport
 
     def send_hidden(self, hidden: Tensor) -> None:
         """Hand hidden states to the next stage without waiting for it."""
         assert self.view.next_rank is not None
-        self._send(hidden, self.view.next_rank, _HIDDEN)
+        self.transport.send(hidden, self.view.next_rank, _HIDDEN)
 
     def receive_hidden(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """Hidden states `[rows, width]` from the previous stage."""
         assert self.view.previous_rank is not None
         hidden = torch.empty(rows, width, dtype=dtype)
-        dist.recv(hidden, src=self.view.previous_rank, tag=_HIDDEN)
-        return hidden
+        return self.transport.receive(hidden, self.view.previous_rank, _HIDDEN)
 
     def send_tokens(self, tokens: Tensor) -> None:
         """Hand sampled tokens to every rank of the first stage without waiting for them."""
         for rank in self.view.first_stage_ranks:
-            self._send(tokens, rank, _TOKENS)
+            self.transport.send(tokens, rank, _TOKENS)
 
     def receive_tokens(self, count: int) -> Tensor:
         """`count` sampled tokens from the last stage."""
         tokens = torch.empty(count, dtype=torch.int64)
-        dist.recv(tokens, src=self.view.sampler_rank, tag=_TOKENS)
-        return tokens
+        return self.transport.receive(tokens, self.view.sampler_rank, _TOKENS)
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
-        while self._sending:
-            self._sending.popleft()[0].wait()
-
-    def _send(self, tensor: Tensor, rank: int, tag: int) -> None:
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
-        self._sending.append((dist.isend(tensor, dst=rank, tag=tag), tensor))
+        self.transport.flush()

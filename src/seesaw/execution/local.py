@@ -51,6 +51,7 @@ class _Pending:
 
     left: int
     bytes: int = 0
+    copied: int = 0
     seconds: float = 0.0
     started: float = float("inf")
     ended: float = 0.0
@@ -96,7 +97,7 @@ class LocalExecutor:
         self._decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
         meeting = tempfile.mkdtemp(prefix="seesaw-")
         try:
-            self._start(os.path.join(meeting, "rendezvous"))
+            self._start(meeting)
         except BaseException:
             self.close()
             raise
@@ -252,10 +253,15 @@ class LocalExecutor:
             case TransitionAck():
                 pending = self._pending[message.id]
                 pending.bytes += message.bytes
+                pending.copied += message.copied
+                pending.seconds = max(pending.seconds, message.moving)
                 pending.started = min(pending.started, message.started)
                 pending.ended = max(pending.ended, message.ended)
                 if self._acknowledge(message.id, pending):
-                    return TransitionDone(message.id, pending.bytes, pending.ended - pending.started)
+                    elapsed = pending.ended - pending.started
+                    return TransitionDone(
+                        message.id, pending.bytes, elapsed, copied=pending.copied, moving=pending.seconds
+                    )
             case _:
                 raise EngineError(f"unexpected message from a worker: {message}")
         return None

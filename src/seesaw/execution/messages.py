@@ -6,6 +6,7 @@ import msgspec
 
 from seesaw.core.actions import Forward, ForwardDone, SwapIn, SwapOut, Transition
 from seesaw.core.model_spec import ModelSpec
+from seesaw.core.node import Place
 
 
 class ShardingMessage(msgspec.Struct, array_like=True, frozen=True):
@@ -27,10 +28,13 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     outbox: str
     """Address to which it reports."""
     rendezvous: str
-    """File through which the ranks find each other."""
+    """Directory through which the ranks find each other."""
+    transport: str
+    transport_fd: int
+    """The shared memory of the transport, a descriptor in the control process; -1 for none."""
     device: str
-    cores: list[int]
-    """Processor cores the worker binds to; empty leaves it unbound."""
+    place: Place
+    """Control groups, network namespace and cores of the worker."""
     threads: int
     spec: ModelSpec
     dtype: str
@@ -48,6 +52,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Where the host weight store is opened: the model's directory, or the memory of random weights."""
     dummy_weights: bool
     attention: str | None
+    profile: str
+    """Folder to which the rank writes where its time went; empty for none."""
     start_timeout: float
     """Seconds to wait for the other ranks."""
 
@@ -82,6 +88,11 @@ class TransitionAck(msgspec.Struct, array_like=True, frozen=True, tag=True):
     rank: int
     id: int
     bytes: int
+    """Fetched from the host store."""
+    copied: int
+    """Copied on the device."""
+    moving: float
+    """Seconds of fetching and copying."""
     started: float
     ended: float
 

@@ -21,6 +21,7 @@ on a row by itself, and which code path a row takes follows from its own paramet
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,14 +33,12 @@ from seesaw.core.actions import ChosenToken, SamplingState
 
 _CLOSED, _PLAIN, _CUSTOM = 0, 1, 2
 _GREEDY_BELOW = 1e-5
-_CHUNK_ELEMENTS = 1 << 23
-"""Rows are worked on in chunks of about this many logits, so that temporaries stay small (32 MiB each)."""
+_CHUNK_ELEMENTS = 1 << 20
+"""Rows are worked on in chunks of about this many logits, so that temporaries stay small (8 MiB each at most)."""
 _SUM_WIDTH = 256
 """Weights are summed in groups of this many before the exact cumulative sum over groups."""
 _TIE_ROOM = 64
 """Places beyond the k-th largest that are looked at for tokens equal to it."""
-_NUCLEUS_ROOM = 256
-"""Most likely tokens looked at first for a top-p set."""
 
 _ROW = np.dtype(
     [
@@ -129,10 +128,11 @@ class Sampler:
     and advances it with every sampled token. Plain greedy slots keep nothing. Not thread-safe.
     """
 
-    def __init__(self, vocab: int) -> None:
-        """`vocab` is the number of logits per row."""
+    def __init__(self, vocab: int, argmax: Callable[[Tensor], Tensor] | None = None) -> None:
+        """`vocab` is the number of logits per row; `argmax` is that of the device's `Operators` (default: torch)."""
         assert vocab >= 1
         self._vocab = vocab
+        self._argmax = argmax or _argmax
         self._rows: _Rows = np.zeros(64, dtype=_ROW)
         self._histories: dict[int, _History] = {}
         self._banned: dict[int, list[int]] = {}
@@ -187,7 +187,7 @@ class Sampler:
         rows = self._rows[index]
         assert rows["state"].all(), "a slot is not open"
         if not (rows["state"] == _CUSTOM).any():
-            return SampleResult(logits.argmax(dim=-1), [])
+            return SampleResult(self._argmax(logits), [])
         step = max(1, _CHUNK_ELEMENTS // self._vocab)
         parts = [slice(start, start + step) for start in range(0, len(slots), step)]
         tokens = torch.cat([self._choose(logits[part], slots[part], rows[part]) for part in parts])
@@ -209,12 +209,12 @@ class Sampler:
                 _penalise(logits, penalised, rows[penalised], histories)
             if len(waiting):
                 _ban(logits, waiting.tolist(), [self._banned[slots[row]] for row in waiting])
-        tokens = logits.argmax(dim=-1)
+        tokens = self._argmax(logits)
         drawn = np.flatnonzero(custom & (rows["temperature"] >= _GREEDY_BELOW))
         if len(drawn):
             places = torch.from_numpy(drawn).to(logits.device)
             scores = logits if len(drawn) == len(rows) else logits[places]
-            tokens[places] = _draw(scores.float(), tokens[places], rows[drawn])
+            tokens[places] = _draw(scores, tokens[places], rows[drawn])
         return tokens
 
     def _advance(self, index: _Ints, slots: list[int], rows: _Rows, tokens: Tensor) -> None:
@@ -224,6 +224,10 @@ class Sampler:
             chosen = tokens[torch.from_numpy(penalised).to(tokens.device)].tolist()
             for row, token in zip(penalised.tolist(), chosen, strict=True):
                 self._histories[slots[row]].add(token)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
 
 
 def _asks(rows: _Rows) -> _Ints:
@@ -258,26 +262,17 @@ def _ban(logits: Tensor, places: list[int], tokens: list[list[int]]) -> None:
 
 
 def _draw(scores: Tensor, best: Tensor, rows: _Rows) -> Tensor:
-    """Sample one token per row of float32 `scores` [m, vocab] whose argmax is `best` [m]; returns ids [m].
-
-    Rows with a top-k need the largest scores only. The others need the weights of the whole vocabulary: to
-    draw from, or for the sum of which top-p is a fraction.
-    """
+    """Sample one token per row of `scores` [m, vocab] whose argmax is `best` [m]; returns ids [m]."""
     parameters = _Parameters.gather(rows, scores, best)
+    limited = (rows["top_k"] > 0) | (rows["top_p"] < 1.0)
+    if not limited.any():
+        return _draw_from_all(scores, parameters)
+    if limited.all():
+        return _draw_from_largest(scores, parameters)
     tokens = best.clone()
-    few = torch.from_numpy(np.flatnonzero(rows["top_k"] > 0)).to(best.device)
-    if len(few):
-        part = parameters.take(few)
-        tokens[few] = _draw_from_largest(scores[few], part, torch.zeros_like(part.uniform))
-    whole = np.flatnonzero(rows["top_k"] == 0)
-    if len(whole):
-        nucleus = torch.from_numpy(np.flatnonzero(rows["top_p"][whole] < 1.0)).to(best.device)
-        places = torch.from_numpy(whole).to(best.device)
-        part, scores = parameters.take(places), scores if not len(few) else scores[places]
-        chosen, totals = _draw_from_all(scores, part)
-        if len(nucleus):
-            chosen[nucleus] = _draw_from_largest(scores[nucleus], part.take(nucleus), totals[nucleus])
-        tokens[places] = chosen
+    for draw, chosen in ((_draw_from_all, ~limited), (_draw_from_largest, limited)):
+        places = torch.from_numpy(np.flatnonzero(chosen)).to(best.device)
+        tokens[places] = draw(scores[places], parameters.take(places))
     return tokens
 
 
@@ -305,7 +300,7 @@ class _Parameters:
             top_k=tensor(rows["top_k"]),
             top_p=tensor(rows["top_p"]),
             uniform=tensor(uniforms(rows["noise_key"], rows["generated"])),
-            largest=scores.gather(1, best[:, None])[:, 0],
+            largest=scores.gather(1, best[:, None])[:, 0].float(),
             best=best,
         )
 
@@ -321,22 +316,27 @@ class _Parameters:
         )
 
     def weigh_(self, scores: Tensor) -> Tensor:
-        """Turn scores into weights, in place: probabilities over the largest probability, 0 below min-p."""
+        """Turn float32 scores into weights, in place: probabilities over the largest one, 0 below min-p."""
         scores.sub_(self.largest[:, None]).div_(self.temperature[:, None]).exp_()
         if bool((self.min_p > 0).any()):
-            scores.masked_fill_(scores < self.min_p[:, None], 0.0)
+            _keep_(scores, scores >= self.min_p[:, None])
         return scores
 
 
-def _draw_from_all(scores: Tensor, parameters: _Parameters) -> tuple[Tensor, Tensor]:
-    """Draw from the whole vocabulary; returns token ids [m] and the float64 sums of all weights [m].
+def _keep_(weights: Tensor, kept: Tensor) -> Tensor:
+    """Make the weights that are not `kept` 0, in place: a product, since filling takes four times as long."""
+    return weights.mul_(kept)
+
+
+def _draw_from_all(scores: Tensor, parameters: _Parameters) -> Tensor:
+    """Draw from the whole vocabulary; returns token ids [m].
 
     The float32 sums of groups of weights locate the group, exact sums within that group the token: a fraction
     of the cost of a float64 cumulative sum over the vocabulary.
     """
     rows, vocab = scores.shape
     groups = -(-vocab // _SUM_WIDTH)
-    padded = scores.new_zeros(rows, groups * _SUM_WIDTH)
+    padded = scores.new_zeros((rows, groups * _SUM_WIDTH), dtype=torch.float32)
     weights = padded[:, :vocab]
     weights.copy_(scores)
     parameters.weigh_(weights)
@@ -350,7 +350,7 @@ def _draw_from_all(scores: Tensor, parameters: _Parameters) -> tuple[Tensor, Ten
     # The group's float32 sum may exceed its exact one by a rounding error; stay below the end.
     rest = torch.minimum(target - before, inside[:, -1] * (1.0 - 2.0**-40))
     tokens = group * _SUM_WIDTH + _first_above(inside, rest)
-    return torch.where(totals > 0, tokens, parameters.best), totals
+    return torch.where(totals > 0, tokens, parameters.best)
 
 
 def _first_above(sums: Tensor, target: Tensor) -> Tensor:
@@ -358,66 +358,88 @@ def _first_above(sums: Tensor, target: Tensor) -> Tensor:
     return torch.searchsorted(sums, target[:, None], right=True)[:, 0]
 
 
-def _draw_from_largest(scores: Tensor, parameters: _Parameters, totals: Tensor) -> Tensor:
-    """Draw from rows with a top-k or a top-p; `totals` are the sums of all weights of the rows without top-k.
+def _draw_from_largest(scores: Tensor, parameters: _Parameters) -> Tensor:
+    """Draw from rows with a top-k or a top-p; returns token ids [m].
 
-    Looks at the largest scores of each row only, and again at more of them for the rows where that was not
-    enough. How many are looked at does not change the outcome.
+    Rows with a small top-k need their largest scores only, unless too many others equal the k-th.
     """
-    vocab = scores.shape[1]
-    tokens = parameters.best.clone()
-    width = max(_NUCLEUS_ROOM, int(parameters.top_k.max()) + _TIE_ROOM)
-    left = torch.arange(len(scores), device=scores.device)
-    while len(left):
-        width = min(width, vocab)
-        part = parameters if len(left) == len(tokens) else parameters.take(left)
-        values, ids = _largest(scores if len(left) == len(tokens) else scores[left], width)
-        weights, enough = _truncate(values, part, totals[left])
-        enough |= width == vocab
-        tokens[left[enough]] = _draw_in_id_order(weights, ids, part)[enough]
-        left = left[~enough]
-        width *= 8
+    scores, tokens = scores.float(), parameters.best.clone()
+    few = (parameters.top_k > 0) & ((parameters.top_k + _TIE_ROOM) * 8 < scores.shape[1])
+    if bool(few.any()):
+        places = few.nonzero()[:, 0]
+        chosen, enough = _draw_from_few(scores[places], parameters.take(places))
+        tokens[places] = chosen
+        few[places] = enough
+    places = (~few).nonzero()[:, 0]
+    if len(places):
+        tokens[places] = _draw_from_sorted(scores[places], parameters.take(places))
     return tokens
 
 
-def _largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` largest scores of each row and their ids, falling; among equals, lower ids first."""
-    vocab = scores.shape[1]
-    if width * 8 >= vocab:
-        values, ids = scores.sort(dim=-1, descending=True, stable=True)
-        return values[:, :width], ids[:, :width]
-    values, ids = scores.topk(width, dim=-1)
+def _draw_from_few(scores: Tensor, parameters: _Parameters) -> tuple[Tensor, Tensor]:
+    """As `_draw_from_sorted`, from a few of the scores; also tells which rows these are enough for."""
+    values, ids = scores.topk(int(parameters.top_k.max()) + _TIE_ROOM, dim=-1)
+    last, equals, enough = _last_kept(values, parameters)
     ids, order = ids.sort(dim=-1)
-    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(1, order)
+    places = _draw_in_id_order(values.gather(1, order), last, equals, parameters)
+    tokens = torch.where(places < 0, parameters.best, ids.gather(1, places.clamp(min=0)[:, None])[:, 0])
+    return tokens, enough
 
 
-def _truncate(values: Tensor, parameters: _Parameters, totals: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [m, width] of the falling scores `values` after min-p, top-k and top-p.
+def _draw_from_sorted(scores: Tensor, parameters: _Parameters) -> Tensor:
+    """Draw from rows of any parameters; returns token ids [m].
 
-    Also tells per row whether `values` reaches down far enough to know them.
+    The scores alone are sorted, which numpy does ten times faster than torch sorts scores with their ids: they
+    tell the last score that is kept, and how many of its equals are.
+    """
+    last, equals, _ = _last_kept(_falling(scores), parameters)
+    tokens = _draw_in_id_order(scores, last, equals, parameters)
+    return torch.where(tokens < 0, parameters.best, tokens)
+
+
+def _falling(scores: Tensor) -> Tensor:
+    """A sorted copy of float32 scores, the largest first."""
+    if scores.device.type != "cpu":
+        return scores.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
+
+
+def _last_kept(values: Tensor, parameters: _Parameters) -> tuple[Tensor, Tensor, Tensor]:
+    """Of falling scores [m, n]: the last one left by min-p, top-k and top-p, and how many equal to it stay.
+
+    The third result tells whether tokens were dropped before top-p, so that no more of them need be known.
     """
     weights = parameters.weigh_(values.clone())
-    ends = weights[:, -1] == 0
-    limited = parameters.top_k > 0
-    last = values.gather(1, (parameters.top_k - 1).clamp(min=0)[:, None])
-    weights.masked_fill_(limited[:, None] & (values < last), 0.0)
-    sums = weights.double().cumsum(dim=-1)
-    totals = torch.where(limited, sums[:, -1], totals)
-    share = torch.where(parameters.top_p < 1.0, parameters.top_p * totals, torch.inf)
-    dropped = (sums - weights) >= share[:, None]
-    weights.masked_fill_(dropped, 0.0)
-    kept = (~dropped).sum(dim=-1, keepdim=True)
-    last = torch.where(limited[:, None], last, values.gather(1, (kept - 1).clamp(min=0)))
-    return weights, ends | (values[:, -1] < last[:, 0])
+    top_k = parameters.top_k
+    if bool((top_k > 0).any()):
+        kth = values.gather(1, (top_k - 1).clamp(min=0)[:, None])
+        _keep_(weights, values >= torch.where(top_k[:, None] > 0, kth, -torch.inf))
+    enough = weights[:, -1] == 0
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    share = torch.where(parameters.top_p < 1.0, parameters.top_p * sums[:, -1], torch.inf)
+    _keep_(weights, sums.sub_(weights) < share[:, None])
+    kept = (weights > 0).sum(dim=-1, keepdim=True)
+    last = values.gather(1, (kept - 1).clamp(min=0))
+    return last[:, 0], (kept - (values > last).sum(dim=-1, keepdim=True))[:, 0], enough
 
 
-def _draw_in_id_order(weights: Tensor, ids: Tensor, parameters: _Parameters) -> Tensor:
-    """Draw from the tokens `ids` [m, width] of the given weights; returns token ids [m]."""
-    ids, order = ids.sort(dim=-1)
-    sums = weights.gather(1, order).double().cumsum(dim=-1)
-    place = _first_above(sums, parameters.uniform * sums[:, -1]).clamp_(max=ids.shape[1] - 1)
-    return torch.where(sums[:, -1] > 0, ids.gather(1, place[:, None])[:, 0], parameters.best)
+def _draw_in_id_order(scores: Tensor, last: Tensor, equals: Tensor, parameters: _Parameters) -> Tensor:
+    """Draw among scores [m, n] that are in the order of their ids; returns columns [m], -1 if nothing is left.
+
+    Kept are scores above `last` and the first `equals` that equal it. Whether the others are there or not makes no
+    difference: they add 0 to the sums.
+    """
+    weights = parameters.weigh_(scores.clone())
+    _keep_(weights, scores >= last[:, None])
+    equal = torch.eq(
+        scores, last[:, None], out=torch.empty_like(scores)
+    )  # float32 counts exactly below 2**24
+    if bool((equal.sum(dim=-1) > equals).any()):
+        _keep_(weights, torch.logical_or(equal == 0, equal.cumsum(dim=-1) <= equals[:, None]))
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    totals = sums[:, -1]
+    columns = _first_above(sums, parameters.uniform * totals).clamp_(max=scores.shape[1] - 1)
+    return torch.where(totals > 0, columns, -1)
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, asks: _Ints) -> list[ChosenToken | None]:
@@ -438,6 +460,18 @@ def _logprobs(logits: Tensor, tokens: Tensor, asks: _Ints) -> list[ChosenToken |
     for i, (row, logprob) in enumerate(zip(asking.tolist(), chosen[:, 0].tolist(), strict=True)):
         result[row] = ChosenToken(logprob=logprob, rank=ranks[i], top=listed[i][: asks[row]])
     return result
+
+
+def _largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest scores of each row and their ids, falling; among equals, lower ids first."""
+    vocab = scores.shape[1]
+    if width * 8 >= vocab:
+        values, ids = scores.sort(dim=-1, descending=True, stable=True)
+        return values[:, :width], ids[:, :width]
+    values, ids = scores.topk(width, dim=-1)
+    ids, order = ids.sort(dim=-1)
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)
 
 
 def _largest_with_ties(table: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,10 @@ class Inputs:
     tokens: IntArray
     positions: Tensor
     attention: AttentionBatch
-    sampled_rows: Tensor
-    """Packed index of the last token of each sampled item."""
+    sampled_rows: Tensor | None
+    """Packed index of the last token of each sampled item; None if every token is one."""
+    sampled_attention: AttentionBatch
+    """`attention` with the queries of `sampled_rows` only."""
 
 
 class SlotTables:
@@ -76,12 +78,19 @@ class SlotTables:
             slot_mapping=torch.from_numpy(mapping),
             max_query=int(counts.max()),
         )
-        sampled = (
-            torch.from_numpy(ends[forward.sampled] - 1)
-            if forward.sampled
-            else torch.empty(0, dtype=torch.int64)
+        if len(forward.sampled) == total:
+            return Inputs(tokens, torch.from_numpy(positions), attention, None, attention)
+        items = np.asarray(forward.sampled, dtype=np.int64)
+        asking = AttentionBatch(
+            query_starts=torch.arange(len(items) + 1, dtype=torch.int32),
+            context_starts=torch.from_numpy((starts + counts - 1)[items].astype(np.int32)),
+            block_tables=torch.from_numpy(tables[items]),
+            slot_mapping=attention.slot_mapping,
+            max_query=1,
         )
-        return Inputs(tokens, torch.from_numpy(positions), attention, sampled)
+        return Inputs(
+            tokens, torch.from_numpy(positions), attention, torch.from_numpy(ends[items] - 1), asking
+        )
 
     def _make_room(self, slot: int, blocks: int) -> None:
         rows, columns = self._blocks.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seesaw.attention.base import AttentionBackend, AttentionBatch
+from seesaw.attention.base import AttentionBackend
 from seesaw.core.actions import Forward, ForwardDone
 from seesaw.core.model_spec import ModelSpec
 from seesaw.execution.collectives import PipelineLinks, TensorParallelGroup
-from seesaw.execution.sampler import Sampler
-from seesaw.execution.slots import SlotTables
+from seesaw.execution.sampler import Sampler, SampleResult
+from seesaw.execution.slots import Inputs, SlotTables
 from seesaw.kv.device_pool import DevicePool
 from seesaw.models.decoder import Decoder
+from seesaw.ops.base import Operators
 from seesaw.weights.sharding import RankView
 
 
@@ -28,12 +30,13 @@ class _PagedAttend:
     pool: DevicePool
     spec: ModelSpec
     first_layer: int
-    batch: AttentionBatch
+    inputs: Inputs
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sampled: bool = False) -> Tensor:
         pool_layer = self.pool.layer(layer - self.first_layer)
         window, scale = self.spec.window(layer), self.spec.head_dim**-0.5
-        return self.backend.attend(q, k, v, pool_layer, self.batch, scale=scale, window=window)
+        batch = self.inputs.sampled_attention if sampled else self.inputs.attention
+        return self.backend.attend(q, k, v, pool_layer, batch, scale=scale, window=window)
 
 
 class Stage:
@@ -50,72 +53,102 @@ class Stage:
         group: TensorParallelGroup,
         pool: DevicePool,
         attention: AttentionBackend,
+        operators: Operators,
         block_size: int,
     ) -> None:
         self.view = view
         self._spec, self._dtype, self._group = spec, dtype, group
         self._vocab_widths = vocab_widths
-        self._decoder = Decoder(spec, view, weights, group)
+        self._decoder = Decoder(spec, view, weights, group, operators)
         self._pool, self._attention = pool, attention
         self._slots = SlotTables(block_size)
-        self._links = PipelineLinks(view)
+        self._links = PipelineLinks(view, group.transport)
+        self._operators = operators
         self._sampler = Sampler(spec.vocab) if view.rank == view.sampler_rank else None
+        self._particular: set[int] = set()
+        """Open slots that want more than the most likely token; known on every rank of the last stage."""
         self._expected: deque[Forward] = deque()
         """Forwards whose sampled tokens the last stage will send to this rank, oldest first."""
 
-    def run(self, forward: Forward, after_layer: Callable[[int], None] | None) -> ForwardDone | None:
+    def run(self, forward: Forward, after_attention: Callable[[int], None] | None) -> ForwardDone | None:
         """Run one micro-batch; the rank that samples returns what is reported of it."""
-        self._slots.update(forward)
-        self._update_sampler(forward)
+        started = time.perf_counter()
+        self._open_and_close(forward)
         with torch.inference_mode():
-            hidden = self._compute(forward, after_layer)
+            if self.view.first_stage and forward.feedback_from >= 0:
+                self._receive_tokens(until=forward.feedback_from)
+            inputs = self._slots.inputs(forward)
+            prepared = time.perf_counter()
+            hidden = self._compute(inputs, after_attention)
             if not self.view.last_stage:
                 self._links.send_hidden(hidden)
                 self._expect_tokens(forward)
                 return None
-            return self._sample(forward, hidden)
+            result = self._sample(forward, hidden)
+            if self._sampler is None:
+                return None
+            model = time.perf_counter() - prepared
+            tokens = result.tokens.tolist()
+            host = time.perf_counter() - started - model
+            return ForwardDone(forward.id, tokens, result.logprobs, host_seconds=host)
 
     def finish(self) -> None:
         """Take in and send out whatever is still between the stages."""
         self._receive_tokens(until=None)
         self._links.flush()
 
-    def _update_sampler(self, forward: Forward) -> None:
+    def _open_and_close(self, forward: Forward) -> None:
+        self._slots.update(forward)
+        if not self.view.last_stage:
+            return
+        self._particular.difference_update(forward.close)
+        self._particular.update(opened.slot for opened in forward.open if opened.sampling is not None)
         if self._sampler is not None:
             for slot in forward.close:
                 self._sampler.close(slot)
             for opened in forward.open:
                 self._sampler.open(opened.slot, opened.sampling)
 
-    def _compute(self, forward: Forward, after_layer: Callable[[int], None] | None) -> Tensor:
-        if self.view.first_stage and forward.feedback_from >= 0:
-            self._receive_tokens(until=forward.feedback_from)
-        inputs = self._slots.inputs(forward)
+    def _compute(self, inputs: Inputs, after_attention: Callable[[int], None] | None) -> Tensor:
+        """What leaves this stage: hidden states of all tokens, or on the last one of those to be sampled."""
         if self.view.first_stage:
             hidden = self._decoder.embed(torch.from_numpy(inputs.tokens))
         else:
             hidden = self._links.receive_hidden(len(inputs.tokens), self._spec.hidden, self._dtype)
-        attend = _PagedAttend(
-            self._attention, self._pool, self._spec, self.view.layers.start, inputs.attention
+        attend = _PagedAttend(self._attention, self._pool, self._spec, self.view.layers.start, inputs)
+        return self._decoder.layers(
+            hidden,
+            inputs.positions,
+            attend,
+            after_attention=after_attention,
+            sampled_rows=inputs.sampled_rows,
         )
-        hidden = self._decoder.layers(hidden, inputs.positions, attend, after_layer)
-        return hidden.index_select(0, inputs.sampled_rows) if self.view.last_stage else hidden
 
-    def _sample(self, forward: Forward, rows: Tensor) -> ForwardDone | None:
-        if not forward.sampled:
-            return ForwardDone(forward.id, [], []) if self._sampler is not None else None
+    def _sample(self, forward: Forward, rows: Tensor) -> SampleResult:
+        """Sample, and give the tokens to the first stage. Only the sampler's rank gets the true result."""
         slots = [forward.slots[i] for i in forward.sampled]
-        logits = self._group.gather_logits(self._decoder.logits(rows), self._vocab_widths)
-        done = None
-        tokens = torch.empty(len(slots), dtype=torch.int64)
-        if self._sampler is not None:
-            assert logits is not None
-            result = self._sampler.sample(logits, slots)
-            tokens = result.tokens
-            done = ForwardDone(forward.id, tokens.tolist(), result.logprobs)
+        result = SampleResult(torch.empty(len(slots), dtype=torch.int64), [])
+        if not slots:
+            return result
+        local = self._decoder.logits(rows)
+        if self._particular.isdisjoint(slots):
+            tokens = self._choose_greedily(local)
+            if tokens is not None:
+                result = SampleResult(tokens, [])
+        else:
+            logits = self._group.gather_logits(local, self._vocab_widths)
+            if self._sampler is not None:
+                assert logits is not None
+                result = self._sampler.sample(logits, slots)
         if forward.feedback:
-            self._feed_back(slots, tokens)
-        return done
+            self._feed_back(slots, result.tokens)
+        return result
+
+    def _choose_greedily(self, local: Tensor) -> Tensor | None:
+        """The most likely tokens: each rank looks through its own logits, and only the best are compared."""
+        best = self._operators.argmax(local)
+        scores = local.gather(1, best[:, None])[:, 0]
+        return self._group.gather_best(scores, best + self.view.vocab.start)
 
     def _feed_back(self, slots: list[int], tokens: Tensor) -> None:
         """Give the sampled tokens to the first stage: this rank's own group, or ranks at the far end."""

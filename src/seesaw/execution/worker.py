@@ -10,7 +10,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import cast
+from pathlib import Path
+from typing import TypeVar, cast
 
 import msgspec
 import torch
@@ -21,7 +22,8 @@ from seesaw.attention.select import create_attention
 from seesaw.core.actions import Forward, SwapIn, SwapOut, Transition
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType
-from seesaw.execution.collectives import Groups, TensorParallelGroup, join_world
+from seesaw.execution.collectives import TensorParallelGroup
+from seesaw.execution.heap import keep_heap
 from seesaw.execution.messages import (
     CopiesAck,
     Failed,
@@ -33,17 +35,23 @@ from seesaw.execution.messages import (
     TransitionAck,
     WorkerConfig,
 )
+from seesaw.execution.placement import enter
+from seesaw.execution.profiling import Profile
 from seesaw.execution.stage import Stage
 from seesaw.kv.copy_engine import CopyEngine
 from seesaw.kv.device_pool import DevicePool
 from seesaw.kv.host_buffer import HostBuffer
 from seesaw.kv.transfers import swap_in, swap_out
+from seesaw.ops.select import create_operators
+from seesaw.transport.base import Transport
+from seesaw.transport.select import create_transport
 from seesaw.weights.changes import Mode
 from seesaw.weights.reshard import RankWeights
 from seesaw.weights.sharding import Sharding, rank_view
 from seesaw.weights.store import HostWeightStore, StoreSource
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def sharding_of(message: ShardingMessage) -> Sharding:
@@ -64,14 +72,14 @@ class Worker:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._shardings = [sharding_of(m) for m in config.shardings]
         self._views = [rank_view(config.spec, s, config.rank) for s in self._shardings]
-        self._attention = create_attention(config.device, config.attention, head_dim=config.spec.head_dim)
-        join_world(
-            rank=config.rank,
-            world=config.world,
-            rendezvous=config.rendezvous,
-            timeout=config.start_timeout,
+        self._profile = Profile() if config.profile else None
+        attention = create_attention(config.device, config.attention, head_dim=config.spec.head_dim)
+        self._attention = self._timed(attention, "attend")
+        operators = create_operators(config.device, dtype=self._dtype)
+        self._operators = self._timed(
+            operators, "linear", "rms_norm", "add_rms_norm", "rotate", "silu_mul", "argmax"
         )
-        self._groups = self._make_groups()
+        self._transport = self._timed(self._connect(), "all_reduce", "gather", "broadcast", "send", "receive")
         self._store = self._open_store()
         self._weights = RankWeights(config.spec, self._store, cast(DType, config.dtype), config.rank)
         self._weights.load(self._shardings[0])
@@ -84,12 +92,27 @@ class Worker:
 
     # ---- start --------------------------------------------------------------------------------------------
 
-    def _make_groups(self) -> Groups:
-        groups = Groups()
-        for sharding in self._shardings:
-            for rank in range(self._config.world):
-                groups.make(rank_view(self._spec, sharding, rank).tp_ranks)
-        return groups
+    def _timed(self, subject: _T, *methods: str) -> _T:
+        return subject if self._profile is None else self._profile.wrap(subject, methods)
+
+    def _connect(self) -> Transport:
+        """The transport to the other ranks, for the groups of all layouts."""
+        config = self._config
+        views = [rank_view(self._spec, s, r) for s in self._shardings for r in range(config.world)]
+        return create_transport(
+            config.transport,
+            rank=config.rank,
+            world=config.world,
+            rendezvous=config.rendezvous,
+            groups=list(dict.fromkeys(view.tp_ranks for view in views)),
+            open_region=lambda: self._open_shared(config.transport_fd),
+            address=config.place.address,
+            timeout=config.start_timeout,
+        )
+
+    def _open_shared(self, fd: int) -> int:
+        """A descriptor of memory that the control process holds as `fd`."""
+        return os.open(f"/proc/{self._config.control_pid}/fd/{fd}", os.O_RDWR)
 
     def _open_store(self) -> HostWeightStore:
         dummy = cast(DType, self._config.dtype) if self._config.dummy_weights else None
@@ -104,7 +127,7 @@ class Worker:
         config = self._config
         if config.host_buffer_fd < 0:
             return None
-        fd = os.open(f"/proc/{config.control_pid}/fd/{config.host_buffer_fd}", os.O_RDWR)
+        fd = self._open_shared(config.host_buffer_fd)
         try:
             return HostBuffer.attach(
                 fd,
@@ -135,9 +158,10 @@ class Worker:
             vocab_widths=widths,
             weights=self._weights.tensors,
             dtype=self._dtype,
-            group=TensorParallelGroup(view, self._groups.get(view.tp_ranks)),
+            group=TensorParallelGroup(view, self._transport),
             pool=self._pool,
             attention=self._attention,
+            operators=self._operators,
             block_size=self._config.block_size,
         )
 
@@ -169,7 +193,7 @@ class Worker:
 
     def _forward(self, forward: Forward) -> None:
         """Run a micro-batch. Each layer's KV is copied out behind the layers that follow it."""
-        after_layer = None
+        after_attention = None
         moved = 0
         if forward.write_through:
             pairs = torch.tensor(forward.write_through)
@@ -179,10 +203,14 @@ class Worker:
                 moved += self._swap_out(pairs, layer)
                 return moved
 
-            def after_layer(layer: int) -> None:
+            def after_attention(layer: int) -> None:
                 self._copies.submit(lambda: copy(layer))
 
-        done = self._stage.run(forward, after_layer)
+        if self._profile is None:
+            done = self._stage.run(forward, after_attention)
+        else:
+            with self._profile.forward("decode" if forward.decodes else "prefill", sum(forward.counts)):
+                done = self._stage.run(forward, after_attention)
         if done is not None:
             self._report(done)
         if forward.write_through:
@@ -220,8 +248,17 @@ class Worker:
         self._check_weights()
         self._current = action.target
         self._stage = self._make_stage()
-        ack = TransitionAck(self._config.rank, action.id, stats.bytes_fetched, started, time.monotonic())
-        self._report(ack)
+        self._report(
+            TransitionAck(
+                self._config.rank,
+                action.id,
+                stats.bytes_fetched,
+                stats.bytes_copied,
+                stats.seconds,
+                started,
+                time.monotonic(),
+            )
+        )
 
     def _check_weights(self) -> None:
         peak, planned = self._weights.peak_bytes, self._config.weight_budget
@@ -233,6 +270,9 @@ class Worker:
         self._stage.finish()
         self._copies.drain()
         self._copies.close()
+        self._transport.close()
+        if self._profile is not None:
+            self._profile.write(Path(self._config.profile) / f"rank{self._config.rank}.json")
 
 
 def _watch_control(pid: int) -> None:
@@ -253,9 +293,6 @@ def worker_main(config: WorkerConfig) -> int:
     """Run a worker until it is told to shut down; returns the process's exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the control process's business
     _watch_control(config.control_pid)
-    if config.cores:
-        os.sched_setaffinity(0, config.cores)
-    torch.set_num_threads(config.threads)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     inbox.connect(config.inbox)
@@ -269,6 +306,9 @@ def worker_main(config: WorkerConfig) -> int:
 
     worker: Worker | None = None
     try:
+        enter(config.place)  # after the sockets to the control process are connected: it stays where it is
+        keep_heap()
+        torch.set_num_threads(config.threads)
         worker = Worker(config, report)
         report(worker.ready())
         _serve(worker, inbox)

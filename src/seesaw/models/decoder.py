@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.functional import embedding
 
-from seesaw.models.rope import Rotation, apply_rotation, rotation
+from seesaw.models.rope import Rotation, rotation
+from seesaw.ops.base import HeadNorms
 
 if TYPE_CHECKING:
     from seesaw.core.model_spec import ModelSpec
+    from seesaw.ops.base import Operators
     from seesaw.weights.sharding import RankView
 
 
@@ -30,10 +32,10 @@ class Attend(Protocol):
     `layer` is the global layer number. `q` is `[N, q_local, head_dim]`, `k` and `v` are
     `[N, kv_local, head_dim]`, q and k after rotary embedding; heads and channels are contiguous, rows may be
     strided. Returns `[N, q_local * head_dim]`, contiguous. The scale is `head_dim ** -0.5`, the window
-    `spec.window(layer)`.
+    `spec.window(layer)`. With `sampled`, `q` and the result have only the rows at which a token is sampled.
     """
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sampled: bool = False) -> Tensor: ...
 
 
 class _Layer(NamedTuple):
@@ -52,6 +54,12 @@ class _Layer(NamedTuple):
     down: Tensor
     down_bias: Tensor | None
 
+    def head_norms(self, q_heads: int, eps: float) -> HeadNorms | None:
+        """The norms of heads of which the first `q_heads` are queries, the others keys."""
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm, self.k_norm, q_heads, eps)
+
 
 class Decoder:
     """One rank's part of the model: its stage's layers, and of each its heads, FFN columns, vocabulary rows.
@@ -64,10 +72,16 @@ class Decoder:
     """
 
     def __init__(
-        self, spec: ModelSpec, view: RankView, weights: Mapping[str, Tensor], parallel: TensorParallel
+        self,
+        spec: ModelSpec,
+        view: RankView,
+        weights: Mapping[str, Tensor],
+        parallel: TensorParallel,
+        operators: Operators,
     ) -> None:
         self._spec = spec
         self._view = view
+        self._ops = operators
         self._parallel = parallel if len(view.tp_ranks) > 1 else None
         self._q_heads, self._kv_heads = len(view.q_heads), len(view.kv_heads)
         self._layers = [(layer, self._layer(weights, layer)) for layer in view.layers]
@@ -94,22 +108,35 @@ class Decoder:
         hidden: Tensor,
         positions: Tensor,
         attend: Attend,
-        after_layer: Callable[[int], None] | None = None,
+        *,
+        after_attention: Callable[[int], None] | None = None,
+        sampled_rows: Tensor | None = None,
     ) -> Tensor:
         """Run this stage's layers.
 
-        `hidden` is `[N, hidden]`; it is changed in place and returned, whole on every rank. `positions`
-        (`[N]`, int64) counts tokens from the start of each sequence. `after_layer(layer)` is called with the
-        global number of each layer once its work is submitted.
+        `hidden` is `[N, hidden]` and is changed in place; the result is whole on every rank. `positions` (`[N]`,
+        int64) counts tokens from the start of each sequence. `after_attention(layer)` is called with the global
+        number of each layer once its K and V are in the pool.
+
+        With `sampled_rows` (`[M]`, int64) the result has these rows only, `[M, hidden]`, on the last stage: of
+        the model's last layer all tokens need K and V, but only they need the rest. Other stages ignore it.
         """
         with torch.inference_mode():
-            turn = rotation(self._spec.rope, self._spec.head_dim, positions, hidden.dtype)
+            turn = rotation(self._spec.rope, self._spec.head_dim, positions)
+            delta = None
             for number, layer in self._layers:
-                hidden.add_(self._attention(number, layer, hidden, turn, attend))
-                hidden.add_(self._mlp(layer, hidden))
-                if after_layer is not None:
-                    after_layer(number)
-        return hidden
+                rows = sampled_rows if number == self._spec.layers - 1 else None
+                normed = self._add_norm(hidden, delta, layer.input_norm)
+                mixed = self._attention(number, layer, normed, turn, attend, rows)
+                if after_attention is not None:
+                    after_attention(number)
+                if rows is not None:
+                    hidden = hidden.index_select(0, rows)
+                    if not len(rows):
+                        return hidden
+                attended = self._sum(self._ops.linear(mixed, layer.o, layer.o_bias))
+                delta = self._mlp(layer, self._add_norm(hidden, attended, layer.post_norm))
+            return hidden if delta is None else hidden.add_(delta)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[M, vocab_local]` of the rows `[M, hidden]` at which a token is sampled. Last stage only.
@@ -118,7 +145,7 @@ class Decoder:
         """
         assert self._norm is not None and self._head is not None, "logits is for the last stage"
         with torch.inference_mode():
-            return linear(self._rms_norm(hidden, self._norm), self._head)
+            return self._ops.linear(self._add_norm(hidden, None, self._norm), self._head)
 
     def _layer(self, weights: Mapping[str, Tensor], number: int) -> _Layer:
         def tensor(name: str) -> Tensor:
@@ -146,28 +173,50 @@ class Decoder:
         )
         return layer
 
-    def _rms_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return rms_norm(x, (x.shape[-1],), weight, self._spec.rms_eps)
+    def _add_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        """Add `delta` to `hidden` in place, and return the norm of the sum."""
+        if delta is None:
+            return self._ops.rms_norm(hidden, weight, self._spec.rms_eps)
+        return self._ops.add_rms_norm(hidden, delta, weight, self._spec.rms_eps)
 
     def _sum(self, partial: Tensor) -> Tensor:
         return partial if self._parallel is None else self._parallel.all_reduce(partial)
 
     def _attention(
-        self, number: int, layer: _Layer, hidden: Tensor, turn: Rotation, attend: Attend
+        self,
+        number: int,
+        layer: _Layer,
+        normed: Tensor,
+        turn: Rotation,
+        attend: Attend,
+        rows: Tensor | None,
     ) -> Tensor:
-        fused = linear(self._rms_norm(hidden, layer.input_norm), layer.qkv, layer.qkv_bias)
-        heads = fused.view(len(fused), -1, self._spec.head_dim)
+        if rows is not None:
+            return self._sampled_attention(number, layer, normed, turn, attend, rows)
+        heads = self._heads(self._ops.linear(normed, layer.qkv, layer.qkv_bias))
         turning = self._q_heads + self._kv_heads
         qk, v = heads[:, :turning], heads[:, turning:]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            qk = self._rms_norm(qk, None)
-            qk[:, : self._q_heads].mul_(layer.q_norm)
-            qk[:, self._q_heads :].mul_(layer.k_norm)
-        qk = apply_rotation(qk, turn)
-        mixed = attend(number, qk[:, : self._q_heads], qk[:, self._q_heads :], v)
-        return self._sum(linear(mixed, layer.o, layer.o_bias))
+        qk = self._ops.rotate(qk, turn.cos, turn.sin, layer.head_norms(self._q_heads, self._spec.rms_eps))
+        return attend(number, qk[:, : self._q_heads], qk[:, self._q_heads :], v)
 
-    def _mlp(self, layer: _Layer, hidden: Tensor) -> Tensor:
-        fused = linear(self._rms_norm(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias)
-        gate, up = fused.chunk(2, dim=-1)
-        return self._sum(linear(silu(gate).mul_(up), layer.down, layer.down_bias))
+    def _sampled_attention(
+        self, number: int, layer: _Layer, normed: Tensor, turn: Rotation, attend: Attend, rows: Tensor
+    ) -> Tensor:
+        """Attention of the last layer: keys and values of all tokens, queries of the sampled ones."""
+        split, ops, eps = self._q_heads * self._spec.head_dim, self._ops, self._spec.rms_eps
+        q_bias, kv_bias = (None, None) if layer.qkv_bias is None else layer.qkv_bias.tensor_split((split,))
+        q = self._heads(ops.linear(normed.index_select(0, rows), layer.qkv[:split], q_bias))
+        kv = self._heads(ops.linear(normed, layer.qkv[split:], kv_bias))
+        k, v = kv[:, : self._kv_heads], kv[:, self._kv_heads :]
+        cos, sin = turn.cos.index_select(0, rows), turn.sin.index_select(0, rows)
+        q = ops.rotate(q, cos, sin, layer.head_norms(self._q_heads, eps))
+        k = ops.rotate(k, turn.cos, turn.sin, layer.head_norms(0, eps))
+        return attend(number, q, k, v, sampled=True)
+
+    def _heads(self, packed: Tensor) -> Tensor:
+        head_dim = self._spec.head_dim
+        return packed.view(len(packed), packed.shape[1] // head_dim, head_dim)
+
+    def _mlp(self, layer: _Layer, normed: Tensor) -> Tensor:
+        mixed = self._ops.silu_mul(self._ops.linear(normed, layer.gate_up, layer.gate_up_bias))
+        return self._sum(self._ops.linear(mixed, layer.down, layer.down_bias))

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of every supported kind, and their application.
+"""Rotary position embedding: frequencies of every supported kind, and the angles of a batch.
 
 The arithmetic follows transformers step by step, in float32, so that results agree to the last bit.
 """
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of one batch of positions, each `[N, 1, 1, head_dim / 2]` in the compute type."""
+    """Cosines and sines of one batch of positions, each float32 `[N, head_dim / 2]`."""
 
     cos: Tensor
     sin: Tensor
 
 
-def rotation(rope: RopeSpec, head_dim: int, positions: Tensor, dtype: torch.dtype) -> Rotation:
+def rotation(rope: RopeSpec, head_dim: int, positions: Tensor) -> Rotation:
     """Cosines and sines for `positions` (`[N]`, int64), once per pass through a stage.
 
     They are computed rather than looked up: next to one layer this costs nothing, any position is served, no
@@ -35,19 +35,7 @@ def rotation(rope: RopeSpec, head_dim: int, positions: Tensor, dtype: torch.dtyp
     scale = attention_factor(rope)
     if scale != 1.0:
         cos, sin = cos.mul_(scale), sin.mul_(scale)
-    return Rotation(cos.to(dtype)[:, None, None], sin.to(dtype)[:, None, None])
-
-
-def apply_rotation(x: Tensor, turn: Rotation) -> Tensor:
-    """Rotate heads `x` (`[N, heads, head_dim]`, rows may be strided) into a new contiguous tensor.
-
-    Channel i pairs with channel `i + head_dim / 2` (the rotate-half convention).
-    """
-    halves = x.view(*x.shape[:-1], 2, -1)
-    out = halves * turn.cos
-    out[:, :, 0].addcmul_(halves[:, :, 1], turn.sin[:, 0], value=-1)
-    out[:, :, 1].addcmul_(halves[:, :, 0], turn.sin[:, 0])
-    return out.flatten(2)
+    return Rotation(cos, sin)
 
 
 @lru_cache(maxsize=64)

@@ -19,6 +19,7 @@
 namespace seesaw {
 namespace {
 
+constexpr int TILE = LANES == 16 ? 4 : 2;
 constexpr int64_t CHUNK = 64;       // tokens packed at a time
 constexpr int64_t TILE_ROWS = 128;  // query rows that share a packed chunk
 constexpr int64_t PREFETCH_ROWS = 32;  // with more rows the products take longer than memory does
@@ -39,7 +40,7 @@ struct Arguments {
     const int64_t* slot_mapping;
     int64_t q_stride, k_stride, v_stride;
     int64_t blocks, block_stride, table_width;
-    int64_t tokens, sequences, q_heads, kv_heads, block_size, head_dim;
+    int64_t tokens, queries, sequences, q_heads, kv_heads, block_size, head_dim;
     int64_t window;  // 0: none
     int32_t q_dtype, pool_dtype, threads;
     float scale;
@@ -54,7 +55,7 @@ inline vf multiply_add(vu a, vu b, vf c) {
 #if SEESAW_BF16_DOT
     if constexpr (Pair) return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 #endif
-    return (vf)a * (vf)b + c;
+    return fused((vf)a, (vf)b, c);
 }
 
 template <bool Pair, int ROWS, int VECTORS>
@@ -88,12 +89,13 @@ void product_columns(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t 
     if (r < rows) product_block<Pair, 1, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, k, add);
 }
 
-// `columns` is a multiple of 16.
+// `columns` is a multiple of LANES. A tile of 6 rows by TILE vectors of sums fills the registers.
 template <bool Pair>
 void product(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
              int64_t columns, int64_t k, bool add) {
     int64_t j = 0;
-    for (; j + 64 <= columns; j += 64) product_columns<Pair, 4>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
+    for (; j + TILE * LANES <= columns; j += TILE * LANES)
+        product_columns<Pair, TILE>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
     switch ((columns - j) / LANES) {
         case 3: return product_columns<Pair, 3>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
         case 2: return product_columns<Pair, 2>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
@@ -227,7 +229,7 @@ class Attention {
                (item_.kv_head * a_.block_size + offset) * a_.head_dim;
     }
 
-    // Sixteen units of a row from unit `u` on; the row is whole up to `head_dim`.
+    // LANES units of a row from unit `u` on; the row is whole up to `head_dim`.
     vu row_units(const T* row, int64_t u) const {
         if constexpr (!Pair) return (vu)load_some<S>(row + u, a_.head_dim - u);
         uint32_t part[LANES] = {};
@@ -248,11 +250,11 @@ class Attention {
                     for (int i = 0; i < LANES; ++i) want(ahead_[t + i] + u * (4 / sizeof(T)));
                 if (u + LANES <= whole) {
                     for (int i = 0; i < LANES; ++i)
-                        square[i] = Pair ? load<vu>(keys_[t + i] + 2 * u) : (vu)S::load16(keys_[t + i] + u);
+                        square[i] = Pair ? load<vu>(keys_[t + i] + 2 * u) : (vu)S::read(keys_[t + i] + u);
                 } else {
                     for (int i = 0; i < LANES; ++i) square[i] = row_units(keys_[t + i], u);
                 }
-                transpose16(square);
+                transpose(square);
                 uint32_t* to = s_.k + u * CHUNK + t;
                 if (u + LANES <= units_) {
                     for (int i = 0; i < LANES; ++i) store(to + i * CHUNK, square[i]);
@@ -276,7 +278,7 @@ class Attention {
                 if constexpr (Pair)
                     store(to + d, halves(values_[t] + d) | halves(values_[t + 1] + d) << 16);
                 else
-                    store(to + d, S::load16(values_[t] + d));
+                    store(to + d, S::read(values_[t] + d));
             }
             if (d == width_) continue;  // else half a vector is left
             if constexpr (Pair) {
@@ -288,11 +290,11 @@ class Attention {
         }
     }
 
-    static vu halves(const T* p) { return __builtin_convertvector(load<vh>(p), vu); }
+    static vu halves(const T* p) { return widen(load<vh>(p)); }
     vu halves_some(const T* p) const {
         uint16_t part[LANES] = {};
         std::memcpy(part, p, (size_t)(a_.head_dim % LANES) * 2);
-        return __builtin_convertvector(load<vh>(part), vu);
+        return widen(load<vh>(part));
     }
 
     void attend(int64_t start) {
@@ -320,7 +322,8 @@ class Attention {
         vf x[PARTS];
         for (int j = 0; j < PARTS; ++j) x[j] = load<vf>(scores + j * LANES) * factor;
         if (high < CHUNK - 1 || low > 0) {
-            const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            vi lane;
+            for (int i = 0; i < LANES; ++i) lane[i] = i;
             for (int j = 0; j < PARTS; ++j) {
                 const vi token = lane + j * LANES;
                 x[j] = (token <= (int32_t)high) & (token >= (int32_t)low) ? x[j] : splat(-__builtin_inff());
@@ -406,7 +409,7 @@ Status write_tokens(const Arguments& a) {
 }
 
 bool consistent(const Arguments& a) {
-    if (a.query_starts[0] != 0 || a.query_starts[a.sequences] != a.tokens) return false;
+    if (a.query_starts[0] != 0 || a.query_starts[a.sequences] != a.queries) return false;
     for (int64_t s = 0; s < a.sequences; ++s)
         if (a.query_starts[s + 1] < a.query_starts[s] || a.context_starts[s] < 0) return false;
     return true;

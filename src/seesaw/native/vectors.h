@@ -1,4 +1,5 @@
-// Sixteen-lane vectors on GCC vector extensions, with AVX-512 where the compiler targets it.
+// Vectors as wide as the target's registers, on GCC vector extensions: sixteen lanes with AVX-512, eight elsewhere.
+// (Wider ones GCC takes apart element by element wherever they are compared or converted.)
 //
 // Storage types are float, bfloat16 and float16. Arithmetic is float32, except that products of bfloat16 may use
 // the dot instruction, which multiplies pairs and accumulates in float32.
@@ -8,6 +9,11 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
+#define SEESAW_WIDE 1
+#elif defined(__AVX2__) && defined(__F16C__)
+#define SEESAW_AVX2 1
+#endif
+#if SEESAW_WIDE || SEESAW_AVX2
 #include <immintrin.h>
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__)
@@ -18,12 +24,16 @@
 
 namespace seesaw {
 
+#if SEESAW_WIDE
 constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
 
-typedef float vf __attribute__((vector_size(64), may_alias));
-typedef int32_t vi __attribute__((vector_size(64), may_alias));
-typedef uint32_t vu __attribute__((vector_size(64), may_alias));
-typedef uint16_t vh __attribute__((vector_size(32), may_alias));
+typedef float vf __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES), may_alias));
 
 template <class V, class T>
 inline V load(const T* p) {
@@ -44,9 +54,25 @@ inline vf splat(float x) {
     return (vf)splat(bits);
 }
 
+// a * b + c, rounded once where the target can: left to itself the compiler fuses here and not there, and a result
+// would depend on the shape of the loop around it.
+inline vf fused(vf a, vf b, vf c) {
+#if SEESAW_WIDE
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif SEESAW_AVX2 && defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 inline float max_lane(vf v) {
-#if defined(__AVX512F__)
+#if SEESAW_WIDE
     return _mm512_reduce_max_ps((__m512)v);
+#elif SEESAW_AVX2
+    __m128 best = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    best = _mm_max_ps(best, _mm_movehl_ps(best, best));
+    return _mm_cvtss_f32(_mm_max_ss(best, _mm_movehdup_ps(best)));
 #else
     float best = v[0];
     for (int i = 1; i < LANES; ++i) best = v[i] > best ? v[i] : best;
@@ -55,14 +81,16 @@ inline float max_lane(vf v) {
 }
 
 inline float sum_lanes(vf v) {
-#if defined(__AVX512F__)
+#if SEESAW_WIDE
     return _mm512_reduce_add_ps((__m512)v);
+#elif SEESAW_AVX2
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 #else
-    float half[8];
-    for (int i = 0; i < 8; ++i) half[i] = v[i] + v[i + 8];
-    for (int n = 4; n > 0; n /= 2)
-        for (int i = 0; i < n; ++i) half[i] += half[i + n];
-    return half[0];
+    float sum = v[0];
+    for (int i = 1; i < LANES; ++i) sum += v[i];
+    return sum;
 #endif
 }
 
@@ -84,6 +112,14 @@ inline vf exp2_nonpositive(vf x) {
 }
 
 // ---- storage types ------------------------------------------------------------------------------------------
+
+inline vu widen(vh h) {
+#if SEESAW_AVX2
+    return (vu)_mm256_cvtepu16_epi32((__m128i)h);  // GCC takes four steps
+#else
+    return __builtin_convertvector(h, vu);
+#endif
+}
 
 inline vh bf16_from_floats(vf v) {
 #if SEESAW_BF16_DOT
@@ -128,56 +164,60 @@ inline uint16_t half_from_float(float x) {
 
 struct F32 {
     using T = float;
-    static vf load16(const T* p) { return load<vf>(p); }
-    static void store16(T* p, vf v) { store(p, v); }
+    static vf read(const T* p) { return load<vf>(p); }
+    static void write(T* p, vf v) { store(p, v); }
 };
 
 struct BF16 {
     using T = uint16_t;
-    static vf load16(const T* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
-    static void store16(T* p, vf v) { store(p, bf16_from_floats(v)); }
+    static vf read(const T* p) { return (vf)(widen(load<vh>(p)) << 16); }
+    static void write(T* p, vf v) { store(p, bf16_from_floats(v)); }
 };
 
 struct F16 {
     using T = uint16_t;
-    static vf load16(const T* p) {
-#if defined(__AVX512F__)
+    static vf read(const T* p) {
+#if SEESAW_WIDE
         return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif SEESAW_AVX2
+        return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
         vf v;
         for (int i = 0; i < LANES; ++i) v[i] = float_from_half(p[i]);
         return v;
 #endif
     }
-    static void store16(T* p, vf v) {
-#if defined(__AVX512F__)
+    static void write(T* p, vf v) {
+#if SEESAW_WIDE
         _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif SEESAW_AVX2
+        _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
         for (int i = 0; i < LANES; ++i) p[i] = half_from_float(v[i]);
 #endif
     }
 };
 
-// Sixteen elements, or the first `n` of them and zeros: rows need not be a multiple of 16 long, and reading past
-// the last row of the pool would leave the arena.
+// LANES elements, or the first `n` of them and zeros: rows need not be a multiple of LANES long, and reading past the
+// last row of the pool would leave the arena.
 template <class S>
 inline vf load_some(const typename S::T* p, int64_t n) {
-    if (n >= LANES) return S::load16(p);
+    if (n >= LANES) return S::read(p);
     typename S::T part[LANES] = {};
     std::memcpy(part, p, (size_t)n * sizeof part[0]);
-    return S::load16(part);
+    return S::read(part);
 }
 template <class S>
 inline void store_some(typename S::T* p, vf v, int64_t n) {
-    if (n >= LANES) return S::store16(p, v);
+    if (n >= LANES) return S::write(p, v);
     typename S::T part[LANES];
-    S::store16(part, v);
+    S::write(part, v);
     std::memcpy(p, part, (size_t)n * sizeof part[0]);
 }
 
-// Transposes sixteen rows of sixteen 32-bit units in place.
-inline void transpose16(vu (&r)[LANES]) {
-#if defined(__AVX512F__)
+// Transposes LANES rows of LANES 32-bit units in place.
+inline void transpose(vu (&r)[LANES]) {
+#if SEESAW_WIDE
     __m512i t[LANES], u[LANES];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32((__m512i)r[i], (__m512i)r[i + 1]);
@@ -198,6 +238,22 @@ inline void transpose16(vu (&r)[LANES]) {
         r[4 + c] = (vu)_mm512_shuffle_i32x4(low01, low23, 0xdd);
         r[8 + c] = (vu)_mm512_shuffle_i32x4(high01, high23, 0x88);
         r[12 + c] = (vu)_mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+#elif SEESAW_AVX2
+    __m256i t[LANES], u[LANES];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32((__m256i)r[i], (__m256i)r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32((__m256i)r[i], (__m256i)r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            u[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            u[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    // u[4*g + c]: in each 128-bit half k, column 4*k + c of rows 4*g .. 4*g + 3
+    for (int c = 0; c < 4; ++c) {
+        r[c] = (vu)_mm256_permute2x128_si256(u[c], u[4 + c], 0x20);
+        r[4 + c] = (vu)_mm256_permute2x128_si256(u[c], u[4 + c], 0x31);
     }
 #else
     for (int i = 0; i < LANES; ++i)

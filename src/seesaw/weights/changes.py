@@ -72,6 +72,11 @@ class CopyList:
             for change in self.changes
         )
 
+    def bytes_copied(self, dtype: str) -> int:
+        """Of `bytes_kept`, what is copied on the device, because its tensor has a new shape."""
+        boxes = (keep.target for change in self.changes if not change.reuse for keep in change.keep)
+        return DTYPE_BYTES[dtype] * sum(map(region_size, boxes))
+
     def steps(self) -> tuple[TensorChange, ...]:
         """The changes in the order that needs the least memory, done one by one, when every source is freed
         as soon as its new tensor is complete.

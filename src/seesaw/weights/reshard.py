@@ -24,10 +24,11 @@ from seesaw.weights.store import TORCH_DTYPES, HostWeightStore
 @dataclass(frozen=True, slots=True)
 class TransitionStats:
     """What a change moved: bytes (of the compute type) copied from the host store, bytes the rank had
-    already, and the time it took."""
+    already, how many of these had to be copied on the device, and the time it took."""
 
     bytes_fetched: int
     bytes_kept: int
+    bytes_copied: int
     seconds: float
 
 
@@ -102,25 +103,26 @@ class RankWeights:
             self._resident.clear()
         elif self.sharding is not None:
             self._resident[self.sharding] = self.tensors
-        fetched, kept = self._switch(new) if new in self._resident else self._change(new, mode)
+        fetched, kept, copied = self._switch(new) if new in self._resident else self._change(new, mode)
         self.sharding = new
         self._synchronize()
-        return TransitionStats(fetched, kept, seconds=time.perf_counter() - started)
+        return TransitionStats(fetched, kept, copied, seconds=time.perf_counter() - started)
 
-    def _switch(self, new: Sharding) -> tuple[int, int]:
-        """Take up a resident sharding. Returns bytes fetched and kept."""
+    def _switch(self, new: Sharding) -> tuple[int, int, int]:
+        """Take up a resident sharding. Returns bytes fetched, kept and copied."""
         self.tensors = self._resident[new]
-        return 0, sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return 0, sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values()), 0
 
-    def _change(self, new: Sharding, mode: Mode) -> tuple[int, int]:
-        """Make the tensors of `new`. Returns bytes fetched and kept."""
+    def _change(self, new: Sharding, mode: Mode) -> tuple[int, int, int]:
+        """Make the tensors of `new`. Returns bytes fetched, kept and copied."""
         if mode == "reload":
             copies = self._change_reloading(new)
         elif mode == "delta":
             copies = self._change_by_delta(new)
         else:
             copies = self._change_beside(new)
-        return copies.bytes_fetched(self._dtype), copies.bytes_kept(self._dtype)
+        dtype = self._dtype
+        return copies.bytes_fetched(dtype), copies.bytes_kept(dtype), copies.bytes_copied(dtype)
 
     def _change_reloading(self, new: Sharding) -> CopyList:
         self.tensors.clear()

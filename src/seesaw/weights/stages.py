@@ -10,24 +10,30 @@ from seesaw.models.parameters import layer_parameter_count
 
 
 def head_weight_in_layers(spec: ModelSpec) -> float:
-    """What the LM head weighs in layers, by parameters: the cost of a decode step, where each is read once.
-
-    In prefill the head runs on one token of each prompt only, and weighs next to nothing.
-    """
+    """What the LM head weighs in layers, by parameters: the cost of a decode step, where each is read once."""
     return spec.vocab * spec.hidden / layer_parameter_count(spec)
+
+
+def prefill_head_weight(spec: ModelSpec) -> float:
+    """What the end of the model weighs in prefill, in layers: less than nothing.
+
+    The head runs on one token of each prompt only, and so does all of the last layer but its keys and values.
+    """
+    kept = 2 * spec.hidden * spec.kv_heads * spec.head_dim
+    return kept / layer_parameter_count(spec) - 1
 
 
 def split_stages(spec: ModelSpec, pp: int, head_weight: float) -> tuple[range, ...]:
     """Contiguous layer ranges of `pp` stages, none empty, whose heaviest stage is as light as possible.
 
-    A layer weighs 1 and the LM head, on the last stage, weighs `head_weight` layers. Among equals the most
+    A layer weighs 1; the last stage weighs `head_weight` layers more, or less (above -1). Among equals the most
     even split is taken, and the stages in front get the layers left over.
     Raises `LayoutError` if there are more stages than layers.
     """
     if pp > spec.layers:
         raise LayoutError(f"P{pp}: {pp} pipeline stages need {pp} layers, the model has {spec.layers}")
-    if not (isfinite(head_weight) and head_weight >= 0):
-        raise LayoutError(f"head_weight={head_weight}: must be a finite number of layers, at least 0")
+    if not (isfinite(head_weight) and head_weight > -1):
+        raise LayoutError(f"head_weight={head_weight}: must be a finite number of layers above -1")
     if pp == 1:
         return (range(spec.layers),)
     candidates = (_sizes(spec.layers, pp, last) for last in range(1, spec.layers - pp + 2))

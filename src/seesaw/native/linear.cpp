@@ -1,0 +1,400 @@
+// y = x W^T (+ bias), for weights that lie as they are used: row-major, and nothing packed between calls.
+//
+// A tile of the result is a few rows of x times a few rows of W. Both run along K, so a tile is so many dot
+// products, each summed in the lanes of one vector register. Sixteen-bit weights are widened on the way, which
+// hides behind the multiplications: of a vector of bfloat16 pairs, the even elements by a shift and the odd ones by
+// a mask. x is widened and reordered to match, once per call.
+//
+// K is cut into equal spans, so that the rows of x of a tile stay in the first-level cache, and N into blocks, so
+// that the rows of W stay in the second-level one while all rows of x pass. Meanwhile the next block is fetched.
+//
+// An element of the result depends on its row of x, its row of W and K alone: it sums in the same order in
+// whatever tile it sits. Hence neither the rows beside it nor the number of threads make a difference.
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "vectors.h"
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace seesaw {
+namespace {
+
+// Lanes of a register, and the shapes of tiles: `COLUMNS[r]` rows of W with `r` rows of x.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int ROWS = 6, COLUMNS[] = {0, 12, 8, 6, 6, 4, 4};  // 32 registers
+#else
+constexpr int ROWS = 4, COLUMNS[] = {0, 6, 4, 3, 3};  // 16 registers
+#endif
+constexpr int64_t STEP = 2 * WIDTH;          // elements of K that a tile takes at a time
+constexpr int64_t LONGEST_SPAN = 1024;       // of K: the rows of x of a tile fill half of a first-level cache
+constexpr int64_t BLOCK_BYTES = 96 << 10;    // of W: at hand, and as much again that is being fetched
+constexpr int64_t PANEL_BYTES = 1 << 20;     // of widened x
+constexpr int64_t FEWEST_ROWS = 64;          // to widen at a time, however long: W is streamed once for them
+constexpr int64_t GRAIN = 24;                // columns that a thread takes are a multiple
+constexpr int64_t SMALL = 1 << 20;           // products that are not worth waking other threads
+constexpr int64_t LINE = 64;
+
+enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Status : int32_t { OK = 0, BAD_DTYPE = 1, NO_MEMORY = 2 };
+
+// Strides count elements.
+struct Arguments {
+    const void* x;       // [rows, depth]
+    const void* weight;  // [columns, depth]
+    const void* bias;    // [columns], or null
+    void* out;           // [rows, columns]
+    int64_t rows, columns, depth;
+    int64_t x_stride, weight_stride;
+    int32_t threads;
+};
+
+typedef float wf __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef uint32_t wu __attribute__((vector_size(4 * WIDTH), may_alias));
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// ---- storage types: `half(p, i)` is half of the STEP elements at `p`, the same half of x and of W --------------
+
+struct Wide32 : F32 {
+    static wf half(const T* p, int i) { return load<wf>(p + i * WIDTH); }
+};
+
+struct WideB16 : BF16 {
+    static wf half(const T* p, int i) {
+        const wu pairs = load<wu>(p);
+        return (wf)(i ? pairs & 0xffff0000u : pairs << 16);
+    }
+};
+
+struct Wide16 : F16 {
+    static wf half(const T* p, int i) {
+#if defined(__AVX512F__)
+        return (wf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + i * WIDTH)));
+#elif defined(__F16C__)
+        return (wf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i * WIDTH)));
+#else
+        wf v;
+        for (int j = 0; j < WIDTH; ++j) v[j] = float_from_half(p[i * WIDTH + j]);
+        return v;
+#endif
+    }
+};
+
+// ---- a tile ---------------------------------------------------------------------------------------------------
+
+// Keeps a value in a register, where the compiler would rather load it anew for each use.
+inline void pin(wf& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__x86_64__)
+    asm("" : "+x"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+}
+
+// sum[r][c] += x[r] * w[c], with row r of x at `x + 2 * r * WIDTH`.
+template <int R, int C>
+inline void multiply_add(const float* x, const wf (&w)[C], wf (&sum)[R][C]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+        wf a = load<wf>(x + 2 * r * WIDTH);
+        pin(a);
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) sum[r][c] += a * w[c];
+    }
+}
+
+#if defined(__FMA__) && !defined(__AVX512F__)
+// The largest tile takes all sixteen registers, and compilers would spill some.
+template <>
+inline void multiply_add<4, 3>(const float* x, const wf (&w)[3], wf (&sum)[4][3]) {
+#define SEESAW_ROW(offset, row)                          \
+    "vmovups " offset "(%[x]), %%ymm15\n\t"              \
+    "vfmadd231ps %[w0], %%ymm15, %[s" row "0]\n\t"       \
+    "vfmadd231ps %[w1], %%ymm15, %[s" row "1]\n\t"       \
+    "vfmadd231ps %[w2], %%ymm15, %[s" row "2]\n\t"
+    asm(SEESAW_ROW("0", "0") SEESAW_ROW("64", "1") SEESAW_ROW("128", "2") SEESAW_ROW("192", "3")
+        : [s00] "+x"(sum[0][0]), [s01] "+x"(sum[0][1]), [s02] "+x"(sum[0][2]), [s10] "+x"(sum[1][0]),
+          [s11] "+x"(sum[1][1]), [s12] "+x"(sum[1][2]), [s20] "+x"(sum[2][0]), [s21] "+x"(sum[2][1]),
+          [s22] "+x"(sum[2][2]), [s30] "+x"(sum[3][0]), [s31] "+x"(sum[3][1]), [s32] "+x"(sum[3][2])
+        : [w0] "x"(w[0]), [w1] "x"(w[1]), [w2] "x"(w[2]), [x] "r"(x), "m"(*(const float(*)[7 * WIDTH])x)
+        : "ymm15");
+#undef SEESAW_ROW
+}
+#endif
+
+template <class S, int R, int C>
+inline void step(const float* x, const typename S::T* w, int64_t stride, wf (&sum)[R][C]) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        asm("" : "+r"(w));  // else the pairs would be kept for the second half, in registers that there are not
+        if constexpr (R < C) {
+            wf a[R];
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) pin(a[r] = load<wf>(x + (2 * r + i) * WIDTH));
+#pragma GCC unroll 16
+            for (int c = 0; c < C; ++c) {
+                wf b = S::half(w + c * stride, i);
+                pin(b);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) sum[r][c] += a[r] * b;
+            }
+        } else {
+            wf b[C];
+#pragma GCC unroll 16
+            for (int c = 0; c < C; ++c) pin(b[c] = S::half(w + c * stride, i));
+            multiply_add<R, C>(x + i * WIDTH, b, sum);
+        }
+    }
+}
+
+// The sum over the lanes of each of four vectors.
+inline void lane_sums(wf a, wf b, wf c, wf d, float* to) {
+#if defined(__AVX512F__)
+    to[0] = _mm512_reduce_add_ps((__m512)a), to[1] = _mm512_reduce_add_ps((__m512)b);
+    to[2] = _mm512_reduce_add_ps((__m512)c), to[3] = _mm512_reduce_add_ps((__m512)d);
+#elif defined(__AVX__)
+    const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+    const __m256 halves = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#else
+    const wf v[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) to[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+#endif
+}
+
+// Rows of W to fetch while a tile is computed.
+struct Ahead {
+    const char* start;
+    int64_t stride, rows;
+};
+
+// Sums over `depth` elements of K; added to `out` if `add`.
+template <class S, int R, int C>
+__attribute__((noinline)) void tile(const float* x, const typename S::T* w, int64_t stride, int64_t depth,
+                                    float* out, int64_t out_stride, bool add, const Ahead& ahead) {
+    constexpr int64_t SIZE = sizeof(typename S::T), STRIDE = std::max(LINE / SIZE, STEP);
+    wf sum[R][C] = {};
+    int64_t k = 0;
+    for (; k + STRIDE <= depth; k += STRIDE) {
+        for (int64_t i = 0; i < ahead.rows; ++i)
+#pragma GCC unroll 2
+            for (int64_t byte = 0; byte < STRIDE * SIZE; byte += LINE)
+                __builtin_prefetch(ahead.start + i * ahead.stride + k * SIZE + byte, 0, 2);
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < STRIDE; j += STEP) step<S, R, C>(x + R * (k + j), w + k + j, stride, sum);
+    }
+    for (; k + STEP <= depth; k += STEP) step<S, R, C>(x + R * k, w + k, stride, sum);
+    if (k < depth) {  // what follows a row may be anything, NaN included
+        typename S::T part[C * STEP] = {};
+        for (int c = 0; c < C; ++c)
+            std::memcpy(part + c * STEP, w + c * stride + k, (size_t)((depth - k) * SIZE));
+        step<S, R, C>(x + R * k, part, STEP, sum);
+    }
+    constexpr int LAST = R * C - 1;
+    const auto nth = [&](int i) { return i < LAST ? sum[i / C][i % C] : sum[R - 1][C - 1]; };
+    float sums[R * C + 3];
+#pragma GCC unroll 16
+    for (int i = 0; i <= LAST; i += 4) lane_sums(nth(i), nth(i + 1), nth(i + 2), nth(i + 3), sums + i);
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) {
+            float& to = out[r * out_stride + c];
+            to = add ? to + sums[r * C + c] : sums[r * C + c];
+        }
+}
+
+// ---- the product ----------------------------------------------------------------------------------------------
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+
+// Memory that a thread keeps from call to call.
+class Scratch {
+  public:
+    float* reserve(int64_t floats) {
+        if (floats > capacity_) {
+            memory_.reset((float*)std::aligned_alloc(LINE, (size_t)round_up(floats * 4, LINE)));
+            capacity_ = memory_ ? floats : 0;
+        }
+        return memory_.get();
+    }
+
+  private:
+    std::unique_ptr<float, Free> memory_;
+    int64_t capacity_ = 0;
+};
+
+// Calls `work(i)` for i below `count` on up to `threads` threads; returns the worst status.
+template <class Work>
+Status each(int64_t count, int64_t threads, const Work& work) {
+    int32_t worst = OK;
+#if defined(_OPENMP)
+    // workers are forked, and OpenMP threads do not survive a fork: with one thread stay clear of the runtime
+    if (threads > 1 && count > 1) {
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(max : worst)
+        for (int64_t i = 0; i < count; ++i) worst = std::max<int32_t>(worst, work(i));
+        return (Status)worst;
+    }
+#endif
+    for (int64_t i = 0; i < count; ++i) worst = std::max<int32_t>(worst, work(i));
+    return (Status)worst;
+}
+
+template <class S>
+class Product {
+    using T = typename S::T;
+
+  public:
+    explicit Product(const Arguments& a) : a_(a) {
+        const int64_t spans = (a.depth + LONGEST_SPAN - 1) / LONGEST_SPAN;
+        span_ = round_up((a.depth + spans - 1) / spans, STEP);
+        padded_ = round_up(a.depth, STEP);
+        batch_ = std::max(FEWEST_ROWS, PANEL_BYTES / (padded_ * 4)) / ROWS * ROWS;
+        batch_ = std::min(batch_, a.rows);
+        const int64_t fit = BLOCK_BYTES / (span_ * (int64_t)sizeof(T));
+        block_ = batch_ <= ROWS ? COLUMNS[batch_] : std::max<int64_t>(1, fit / GRAIN) * GRAIN;
+        threads_ = a.rows * a.columns * a.depth < SMALL ? 1 : std::max<int64_t>(1, a.threads);
+    }
+
+    Status run() {
+        static thread_local Scratch scratch;
+        x_ = scratch.reserve(batch_ * padded_);
+        if (!x_) return NO_MEMORY;
+        const int64_t share = round_up((a_.columns + threads_ - 1) / threads_, GRAIN);
+        for (first_ = 0; first_ < a_.rows; first_ += batch_) {
+            count_ = std::min(batch_, a_.rows - first_);
+            each((count_ + ROWS - 1) / ROWS, threads_, [&](int64_t i) { return widen(i * ROWS); });
+            const Status status = each((a_.columns + share - 1) / share, threads_, [&](int64_t i) {
+                return columns(i * share, std::min(a_.columns, (i + 1) * share));
+            });
+            if (status != OK) return status;
+        }
+        return OK;
+    }
+
+  private:
+    // A panel holds up to ROWS rows of x, STEP elements of K of each in turn.
+    Status widen(int64_t first) const {
+        const int64_t rows = std::min<int64_t>(ROWS, count_ - first);
+        float* to = x_ + first * padded_;
+        for (int64_t r = 0; r < rows; ++r) {
+            const T* from = (const T*)a_.x + (first_ + first + r) * a_.x_stride;
+            for (int64_t k = 0; k < a_.depth; k += STEP) {
+                T part[STEP] = {};
+                const T* p = from + k;
+                if (k + STEP > a_.depth) p = (const T*)std::memcpy(part, p, (size_t)(a_.depth - k) * sizeof(T));
+                for (int i = 0; i < 2; ++i) store(to + k * rows + (2 * r + i) * WIDTH, S::half(p, i));
+            }
+        }
+        return OK;
+    }
+
+    Status columns(int64_t begin, int64_t end) const {
+        static thread_local Scratch scratch;
+        float* sums = scratch.reserve((span_ < a_.depth ? count_ : ROWS) * block_);
+        if (!sums) return NO_MEMORY;
+        for (int64_t n = begin; n < end; n += block_)
+            for (int64_t k = 0; k < a_.depth; k += span_) block(n, std::min(end, n + block_), k, end, sums);
+        return OK;
+    }
+
+    // Columns n .. stop and one span of K, for all rows. The next block is the next span's, or the next columns'.
+    void block(int64_t n, int64_t stop, int64_t k, int64_t end, float* sums) const {
+        const int64_t depth = std::min(span_, a_.depth - k);
+        const bool last = k + depth == a_.depth;
+        const int64_t next_n = last ? stop : n, next_k = last ? 0 : k + depth;
+        const int64_t next_rows = std::min(end, next_n + block_) - next_n;
+        const int64_t panels = (count_ + ROWS - 1) / ROWS;
+        for (int64_t p = 0; p < panels; ++p) {
+            const int64_t r = p * ROWS, rows = std::min<int64_t>(ROWS, count_ - r);
+            const int64_t from = next_rows * p / panels, to = next_rows * (p + 1) / panels;
+            const T* next = weight(next_n + from, next_k);
+            const Ahead ahead{(const char*)next, a_.weight_stride * (int64_t)sizeof(T), to - from};
+            float* part = sums + (span_ < a_.depth ? r * block_ : 0);
+            panel<ROWS>(rows, x_ + r * padded_ + k * rows, n, stop, k, depth, part, ahead);
+            if (last) finish(first_ + r, rows, n, stop, part);
+        }
+    }
+
+    const T* weight(int64_t n, int64_t k) const { return (const T*)a_.weight + n * a_.weight_stride + k; }
+
+    template <int R>
+    void panel(int64_t rows, const float* x, int64_t n, int64_t stop, int64_t k, int64_t depth, float* sums,
+               const Ahead& ahead) const {
+        if constexpr (R > 1)
+            if (rows < R) return panel<R - 1>(rows, x, n, stop, k, depth, sums, ahead);
+        constexpr int C = COLUMNS[R];
+        const int64_t stride = a_.weight_stride, width = stop - n;
+        int64_t c = 0, fetched = 0;
+        for (; c + C <= width; c += C) {
+            const int64_t until = ahead.rows * (c + C) / width;
+            const Ahead part{ahead.start + fetched * ahead.stride, ahead.stride, until - fetched};
+            tile<S, R, C>(x, weight(n + c, k), stride, depth, sums + c, block_, k > 0, part);
+            fetched = until;
+        }
+        for (; c < width; ++c)
+            tile<S, R, 1>(x, weight(n + c, k), stride, depth, sums + c, block_, k > 0, Ahead{});
+    }
+
+    void finish(int64_t first, int64_t rows, int64_t n, int64_t stop, const float* sums) const {
+        for (int64_t r = 0; r < rows; ++r) {
+            T* to = (T*)a_.out + (first + r) * a_.columns;
+            for (int64_t c = n; c < stop; c += LANES) {
+                vf value = load_some<F32>(sums + r * block_ + c - n, stop - c);
+                if (a_.bias) value += load_some<S>((const T*)a_.bias + c, stop - c);
+                store_some<S>(to + c, value, stop - c);
+            }
+        }
+    }
+
+    const Arguments& a_;
+    int64_t span_, padded_;  // of K
+    int64_t batch_, block_;  // rows of x and of W that pass together
+    int64_t threads_;
+    int64_t first_, count_;  // the batch at hand
+    float* x_;               // its panels
+};
+
+}  // namespace
+}  // namespace seesaw
+
+// What the CPU that this was compiled for has better means for. Mirrored by `_Better` in ops/cpu_linear.py.
+extern "C" int32_t seesaw_linear_better() {
+    int32_t better = 0;
+#if defined(__AVX512F__)
+    better |= 1;  // float32: the vendor's library is made for it, and nothing here has been measured
+#endif
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    better |= 2;  // bfloat16: instructions of its own
+#endif
+#if defined(__AVX512FP16__) || defined(__AMX_FP16__) || !(defined(__F16C__) || defined(__AVX512F__))
+    better |= 4;  // float16: instructions of its own, or none that would widen it here
+#endif
+    return better;
+}
+
+// `out` is contiguous, nothing is empty, `bias` may be null. Returns a `Status`.
+extern "C" int32_t seesaw_linear(const void* x, const void* weight, const void* bias, void* out, int64_t rows,
+                                 int64_t columns, int64_t depth, int64_t x_stride, int64_t weight_stride,
+                                 int32_t dtype, int32_t threads) {
+    using namespace seesaw;
+    const Arguments a{x, weight, bias, out, rows, columns, depth, x_stride, weight_stride, threads};
+    if (dtype == FLOAT32) return Product<Wide32>(a).run();
+    if (dtype == BFLOAT16) return Product<WideB16>(a).run();
+    if (dtype == FLOAT16) return Product<Wide16>(a).run();
+    return BAD_DTYPE;
+}

@@ -1,0 +1,91 @@
+// Streams of bytes over connected sockets: what the kernel takes or gives at once, and buffers for the rest.
+#pragma once
+
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace seesaw::tcp {
+
+constexpr int CHANNELS = 2, LINKS = CHANNELS + 1;  // the last one is for collectives
+constexpr int64_t BUFFER = 256 << 10;              // what the thread reads or writes at a time
+
+// Bytes between two offsets. The memory is not touched before it is used.
+struct Buffer {
+    std::unique_ptr<char[]> data{new char[(size_t)BUFFER]};
+    int64_t begin = 0, end = 0;
+    int64_t bytes() const { return end - begin; }
+    int64_t room() const { return BUFFER - end; }
+};
+
+// One direction of a channel to or from a peer. The thread watches `watch_fd` for it while `armed`.
+struct Direction {
+    int fd = -1, watch_fd = -1, peer = -1;
+    bool outgoing = false, armed = false, ended = false;
+    int error = 0;  // an error number; -1: the peer has closed
+    std::mutex mutex;
+    std::condition_variable progress;
+    std::deque<Buffer> queue;
+    std::vector<Buffer> spare;  // emptied ones: touching new pages is slow
+    int64_t queued = 0;
+    bool claimed = false;  // incoming: a receiver reads for itself
+
+    Buffer& back_with_room() {
+        if (queue.empty() || queue.back().room() == 0) {
+            if (spare.empty()) spare.emplace_back();
+            queue.push_back(std::move(spare.back()));
+            spare.pop_back();
+        }
+        return queue.back();
+    }
+    // `n` bytes of the first buffer have been used.
+    void consume(int64_t n) {
+        Buffer& first = queue.front();
+        first.begin += n, queued -= n;
+        if (first.bytes() > 0) return;
+        first.begin = first.end = 0;
+        spare.push_back(std::move(first));
+        queue.pop_front();
+    }
+    void append(const char* data, int64_t bytes) {
+        while (bytes > 0) {
+            Buffer& buffer = back_with_room();
+            const int64_t n = std::min(bytes, buffer.room());
+            std::memcpy(buffer.data.get() + buffer.end, data, (size_t)n);
+            buffer.end += n, queued += n, data += n, bytes -= n;
+        }
+    }
+};
+
+// Bytes sent; 0 if the kernel takes none now; -1 with `error` set.
+inline int64_t send_some(int fd, const char* data, int64_t bytes, int* error) {
+    for (;;) {
+        const ssize_t n = ::send(fd, data, (size_t)bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n >= 0) return n;
+        if (errno == EAGAIN || errno == EWOULDBLOCK) return 0;
+        if (errno == EINTR) continue;
+        *error = errno == EPIPE ? -1 : errno;
+        return -1;
+    }
+}
+inline int64_t receive_some(int fd, char* data, int64_t bytes, int* error) {
+    for (;;) {
+        const ssize_t n = ::recv(fd, data, (size_t)bytes, MSG_DONTWAIT);
+        if (n > 0) return n;
+        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return 0;
+        if (n < 0 && errno == EINTR) continue;
+        *error = n == 0 || errno == ECONNRESET ? -1 : errno;
+        return -1;
+    }
+}
+
+}  // namespace seesaw::tcp
