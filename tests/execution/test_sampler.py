@@ -246,6 +246,39 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one == other
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_looking_at_few_scores_changes_nothing(monkeypatch: pytest.MonkeyPatch, ties: bool) -> None:
+    """Rows with a small top-k take a short cut: with room for more ties than there are ids, none does."""
+    logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(11))
+    if ties:
+        logits = logits.mul(3).round()  # up to hundreds of equals, more than the short cut looks at
+    results = []
+    for room in (module._TIE_ROOM, 10000):
+        monkeypatch.setattr(module, "_TIE_ROOM", room)
+        sampler = Sampler(3000)
+        for slot in range(40):
+            top_k, top_p, min_p = (1, 7, 50, 200)[slot % 4], (1.0, 0.6)[slot % 2], (0.0, 0.02)[slot % 3 == 2]
+            sampler.open(slot, keyed(slot, top_k=top_k, top_p=top_p, min_p=min_p, temperature=1.5))
+        results.append([sampler.sample(logits, list(range(40))).tokens for _ in range(5)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_argmax_may_be_given() -> None:
+    asked = []
+
+    def argmax(logits: torch.Tensor) -> torch.Tensor:
+        asked.append(tuple(logits.shape))
+        return logits.argmax(-1)
+
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(12)).bfloat16()
+    sampler = Sampler(50, argmax)
+    for slot in range(3):
+        sampler.open(slot, None if slot else state(temperature=0.0, presence_penalty=0.5))
+    assert torch.equal(sampler.sample(logits[1:], [1, 2]).tokens, logits[1:].argmax(-1))
+    assert torch.equal(sampler.sample(logits, [0, 1, 2]).tokens, logits.argmax(-1))
+    assert asked == [(2, 50), (3, 50)]
+
+
 def test_penalties_follow_the_formula() -> None:
     generator = torch.Generator().manual_seed(4)
     prompt, output = [1, 2, 2, 30], [2, 7, 7, 7, 31]

@@ -64,7 +64,7 @@ class Stage:
         self._slots = SlotTables(block_size)
         self._links = PipelineLinks(view, group.transport)
         self._operators = operators
-        self._sampler = Sampler(spec.vocab) if view.rank == view.sampler_rank else None
+        self._sampler = Sampler(spec.vocab, operators.argmax) if view.rank == view.sampler_rank else None
         self._particular: set[int] = set()
         """Open slots that want more than the most likely token; known on every rank of the last stage."""
         self._expected: deque[Forward] = deque()
