@@ -48,7 +48,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     [
         ("{", "node.json"),
         ({"ranks": []}, "has no ranks"),
-        ({"ranks": [{"adress": "10.0.0.1"}]}, "adress"),
+        ({"ranks": [{"addr": "10.0.0.1"}]}, "addr`"),
         ({"ranks": [{"cores": "0"}]}, r"\$\.ranks\[0\]\.cores"),
         ({"ranks": [{"cores": [-1]}]}, r"rank 0 has the cores \[-1\]"),
         ({"ranks": [{"address": "rank0"}]}, "'rank0', which is not an IP address"),

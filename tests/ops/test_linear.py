@@ -1,4 +1,4 @@
-"""Matrix products on CPUs: the native kernel against float64, its determinism, and the choice between it and torch."""
+"""Matrix products on CPUs: the native kernel against float64, its determinism, and when torch takes its place."""
 
 from __future__ import annotations
 

@@ -105,22 +105,33 @@ inline void pin(wf& v) {
 #endif
 }
 
+// Fused wherever the CPU can: left to contract by itself, the compiler does so in some tiles and not in others.
+inline wf multiply_add(wf a, wf b, wf sum) {
+#if defined(__AVX512F__)
+    return (wf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    return (wf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return a * b + sum;
+#endif
+}
+
 // sum[r][c] += x[r] * w[c], with row r of x at `x + 2 * r * WIDTH`.
 template <int R, int C>
-inline void multiply_add(const float* x, const wf (&w)[C], wf (&sum)[R][C]) {
+inline void multiply_add_rows(const float* x, const wf (&w)[C], wf (&sum)[R][C]) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         wf a = load<wf>(x + 2 * r * WIDTH);
         pin(a);
 #pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) sum[r][c] += a * w[c];
+        for (int c = 0; c < C; ++c) sum[r][c] = multiply_add(a, w[c], sum[r][c]);
     }
 }
 
 #if defined(__FMA__) && !defined(__AVX512F__)
 // The largest tile takes all sixteen registers, and compilers would spill some.
 template <>
-inline void multiply_add<4, 3>(const float* x, const wf (&w)[3], wf (&sum)[4][3]) {
+inline void multiply_add_rows<4, 3>(const float* x, const wf (&w)[3], wf (&sum)[4][3]) {
 #define SEESAW_ROW(offset, row)                          \
     "vmovups " offset "(%[x]), %%ymm15\n\t"              \
     "vfmadd231ps %[w0], %%ymm15, %[s" row "0]\n\t"       \
@@ -150,13 +161,13 @@ inline void step(const float* x, const typename S::T* w, int64_t stride, wf (&su
                 wf b = S::half(w + c * stride, i);
                 pin(b);
 #pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) sum[r][c] += a[r] * b;
+                for (int r = 0; r < R; ++r) sum[r][c] = multiply_add(a[r], b, sum[r][c]);
             }
         } else {
             wf b[C];
 #pragma GCC unroll 16
             for (int c = 0; c < C; ++c) pin(b[c] = S::half(w + c * stride, i));
-            multiply_add<R, C>(x + i * WIDTH, b, sum);
+            multiply_add_rows<R, C>(x + i * WIDTH, b, sum);
         }
     }
 }
@@ -372,17 +383,18 @@ class Product {
 }  // namespace
 }  // namespace seesaw
 
-// What the CPU that this was compiled for has better means for. Mirrored by `_Better` in ops/cpu_linear.py.
+// Bit `1 << type` is set where the CPU that this was compiled for has better means than the code above.
 extern "C" int32_t seesaw_linear_better() {
+    using namespace seesaw;
     int32_t better = 0;
 #if defined(__AVX512F__)
-    better |= 1;  // float32: the vendor's library is made for it, and nothing here has been measured
+    better |= 1 << FLOAT32;  // the vendor's library is made for it, and nothing here has been measured
 #endif
 #if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    better |= 2;  // bfloat16: instructions of its own
+    better |= 1 << BFLOAT16;  // instructions of its own
 #endif
 #if defined(__AVX512FP16__) || defined(__AMX_FP16__) || !(defined(__F16C__) || defined(__AVX512F__))
-    better |= 4;  // float16: instructions of its own, or none that would widen it here
+    better |= 1 << FLOAT16;  // instructions of its own, or none that would widen it here
 #endif
     return better;
 }

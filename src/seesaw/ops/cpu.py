@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seesaw.ops.base import HeadNorms
+from seesaw.ops.cpu_linear import CpuLinear
 from seesaw.ops.torch_ops import TorchOperators
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -37,6 +38,13 @@ class CpuOperators(TorchOperators):
         self._rotate = function("seesaw_rotate", *[_POINTER] * 5, *[_COUNT] * 5, _FLOAT)
         self._silu_mul = function("seesaw_silu_mul", *[_POINTER] * 2, *[_COUNT] * 3)
         self._argmax = function("seesaw_argmax", *[_POINTER] * 2, *[_COUNT] * 3)
+        self._linear = CpuLinear(library)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        """See `Operators.linear`."""
+        return self._linear(x, weight, bias, out=out)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Operators.rms_norm`."""

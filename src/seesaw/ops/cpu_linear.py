@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import enum
+import sys
 
 import torch
 from torch import Tensor
@@ -14,16 +14,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PROBLEMS = {1: "an unknown type", 2: "no memory for scratch space"}
 _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
-FLOAT32_ROWS = 32
+FLOAT32_ROWS = 128
 """The most rows of float32 for which the native kernel is taken: above, the vendor's library is faster."""
-
-
-class _Better(enum.IntFlag):
-    """Types for which torch has better means on this CPU; bits of `seesaw_linear_better`."""
-
-    FLOAT32 = 1
-    BFLOAT16 = 2
-    FLOAT16 = 4
 
 
 class CpuLinear:
@@ -46,33 +38,42 @@ class CpuLinear:
         self._torch = TorchOperators()
         better = library["seesaw_linear_better"]
         better.argtypes, better.restype = (), _INT
-        self._better = _Better(better())
+        self._most_rows = _most_rows(better())
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
         """See `Operators.linear`. `x` and `weight` may have strided rows; `out` is contiguous."""
-        if not self.is_native(x.dtype, x.shape[0]) or 0 in (*x.shape, weight.shape[0]):
+        rows, depth = x.shape
+        if rows > self._most_rows.get(x.dtype, 0) or not (rows and depth and weight.shape[0]):
             return self._torch.linear(x, weight, bias, out=out)
         return self.native(x, weight, bias, out=out)
 
     def is_native(self, dtype: torch.dtype, rows: int) -> bool:
         """Whether products of so many rows run by the native kernel."""
-        if dtype == torch.float32:
-            return rows <= FLOAT32_ROWS and _Better.FLOAT32 not in self._better
-        if dtype == torch.bfloat16:
-            return _Better.BFLOAT16 not in self._better
-        return dtype == torch.float16 and _Better.FLOAT16 not in self._better
+        return rows <= self._most_rows.get(dtype, 0)
 
     def native(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
         """The product by the native kernel, whatever the choice would be; nothing may be empty."""
         rows, depth = x.shape
-        columns = weight.shape[0]
+        columns, weight_depth = weight.shape
+        x_stride, x_step = x.stride()
+        weight_stride, weight_step = weight.stride()
+        dtype = x.dtype
+        # the kernel reads and writes memory by these shapes
+        assert weight_depth == depth and rows and columns and depth, (x.shape, weight.shape)
+        assert (x_step == weight_step == 1) or depth == 1, (x.stride(), weight.stride())
+        assert weight.dtype == dtype and x.is_cpu and weight.is_cpu, (dtype, weight.dtype, weight.device)
         if out is None:
             out = x.new_empty(rows, columns)
-        _check(x, weight, bias, out)
+        else:
+            assert out.shape == (rows, columns) and out.is_contiguous(), (out.shape, out.stride())
+            assert out.dtype == dtype and out.is_cpu, (out.dtype, out.device)
+        if bias is not None:
+            assert bias.shape == (columns,) and bias.is_contiguous(), (bias.shape, bias.stride())
+            assert bias.dtype == dtype and bias.is_cpu, (bias.dtype, bias.device)
         status = self._linear(
             x.data_ptr(),
             weight.data_ptr(),
@@ -81,22 +82,16 @@ class CpuLinear:
             rows,
             columns,
             depth,
-            x.stride(0),
-            weight.stride(0),
-            _DTYPES[x.dtype],
+            x_stride,
+            weight_stride,
+            _DTYPES[dtype],
             torch.get_num_threads(),
         )
         assert status == 0, f"[{rows}, {depth}] by [{columns}, {depth}]: {_PROBLEMS[status]}"
         return out
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """What the kernel takes for granted; it reads and writes memory by these shapes."""
-    (rows, depth), columns = x.shape, weight.shape[0]
-    assert weight.shape == (columns, depth) and rows and columns and depth, (x.shape, weight.shape)
-    assert out.shape == (rows, columns) and out.is_contiguous(), (out.shape, out.stride())
-    for matrix in (x, weight):
-        assert matrix.stride(1) == 1 or depth == 1, matrix.stride()
-    if bias is not None:
-        assert bias.shape == (columns,) and bias.is_contiguous() and bias.dtype == x.dtype, bias.shape
-    assert x.dtype == weight.dtype == out.dtype and x.device.type == "cpu", (x.dtype, weight.dtype, out.dtype)
+def _most_rows(better: int) -> dict[torch.dtype, int]:
+    """The most rows that run natively, by type. `better` names, by bits, types that this CPU has better means for."""
+    most = {torch.float32: FLOAT32_ROWS, torch.bfloat16: sys.maxsize, torch.float16: sys.maxsize}
+    return {dtype: rows for dtype, rows in most.items() if not better >> _DTYPES[dtype] & 1}
