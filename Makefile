@@ -38,8 +38,8 @@ format: setup
 	$(BIN)/ruff format src tests examples benchmarks
 	$(BIN)/ruff check --fix src tests examples benchmarks
 
-bench: setup  ## total tokens per second of a few plans on a dummy model
-	$(BIN)/python benchmarks/plans.py
+bench: setup  ## plans of two ranks on a small model of random weights, in alternating runs, with their floors
+	$(BIN)/seesaw bench --shape tiny --workload 'short decode' --scale 0.5 --plans 'P2->T2 T2 P2 D2'
 
 clean:
 	rm -rf $(VENV) out

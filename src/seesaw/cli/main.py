@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from seesaw import __version__
+from seesaw.cli.bench import bench
 from seesaw.cli.run import run
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run)
+app.command("bench")(bench)
 
 
 def _print_version(wanted: bool) -> None:

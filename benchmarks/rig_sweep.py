@@ -1,0 +1,170 @@
+"""One bench per link speed on the rig, joined into one table: where does re-sharding pay?
+
+    python benchmarks/rig_sweep.py --ranks 4 --links 500mbit,1gbit,2gbit,4gbit --record sweep-4 -- \\
+        --shape 1.1b --workload '24x1024->128' --device-memory 900MiB \\
+        --plans 'P4->T4 P4->T2P2 T4@chunk=512 T4@chunk=2048 T2P2 P4 T4->T4'
+
+What follows `--` goes to `seesaw bench`. The table shows tokens/s of each contestant at each speed, marks the best
+static one (`*`: one layout in both phases, whatever its policy) and gives the ratio of the best re-sharded plan to
+it. Needs root, as the rig does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from seesaw.core.layout import Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+NONE = "–"
+
+
+def main() -> int:
+    """Run the benches one after the other; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument(
+        "--links", default="500mbit,1gbit,2gbit,4gbit", help="speeds with commas; 'none' is no limit"
+    )
+    parser.add_argument("--quota", default="auto", help="see the rig")
+    parser.add_argument(
+        "--record", metavar="NAME", help="write <date>-NAME.md and .json into benchmarks/results"
+    )
+    parser.add_argument("bench", nargs="+", help="arguments of `seesaw bench`, after --")
+    args = parser.parse_args()
+    found: dict[str, dict[str, Any]] = {}
+    for link in args.links.split(","):
+        print(f"== {args.ranks} ranks, link {link}", flush=True)
+        result = run(args, link)
+        if result is None:
+            print(f"rig_sweep: the bench at {link} gave no result; see above", file=sys.stderr)
+        else:
+            found[link] = result
+    if not found:
+        return 1
+    text = report(args, found)
+    print(text)
+    if args.record:
+        stem = ROOT / "benchmarks" / "results" / f"{date.today().isoformat()}-{args.record}"
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        stem.with_name(f"{stem.name}.md").write_text(text)
+        stem.with_name(f"{stem.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if len(found) == len(args.links.split(",")) else 1
+
+
+def run(args: argparse.Namespace, link: str) -> dict[str, Any] | None:
+    """The JSON of one bench on a rig of this link speed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.json"
+        rig = [
+            "-m",
+            "benchmarks.rig",
+            "run",
+            "--ranks",
+            str(args.ranks),
+            "--link",
+            link,
+            "--quota",
+            args.quota,
+        ]
+        command = [sys.executable, *rig, "--", sys.executable, "-m", "seesaw", "bench", *args.bench]
+        subprocess.run([*command, "--json", str(path)], cwd=ROOT, check=False)
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> str:
+    """A Markdown text: the command, the machine, a table per workload."""
+    first = next(iter(found.values()))
+    facts = {**first["machine"], **first["versions"], "rig": f"{args.ranks} ranks, quota {args.quota}"}
+    lines = [
+        f"# {args.record or 'rig sweep'}: {first['shape']} on {args.ranks} ranks, {first['date']}",
+        "",
+        "Repeat with",
+        "",
+        f"    {shlex.join(['python', *sys.argv])}",
+        "",
+        *table(["", ""], [[key, str(value)] for key, value in facts.items()]),
+        "",
+        f"Medians of {first['options']['rounds']} alternating runs, prompt and output tokens per second. `*` is the "
+        "best static contestant; the last row but one is the best re-sharded plan over it.",
+    ]
+    for i, workload in enumerate(first["workloads"]):
+        lines += ["", f"## {workload['name']}", "", *speeds(found, i)]
+        failures = [
+            f"- {link}: {one['name']}: {one['error']}"
+            for link, result in found.items()
+            for one in result["workloads"][i]["contestants"]
+            if one["error"]
+        ]
+        lines += ["", *failures] if failures else []
+    return "\n".join(lines) + "\n"
+
+
+def speeds(found: dict[str, dict[str, Any]], number: int) -> list[str]:
+    """The table of one workload: a row per contestant, a column per link speed."""
+    columns = [
+        {one["name"]: one for one in result["workloads"][number]["contestants"]} for result in found.values()
+    ]
+    static = [best(column, reshards=False) for column in columns]
+    resharded = [best(column, reshards=True) for column in columns]
+    rows = []
+    for name in columns[0]:
+        cells = [cell(column[name], name == winner) for column, winner in zip(columns, static, strict=True)]
+        rows.append([name, *cells])
+    ratios, shares = (
+        ["best re-sharded over best static"],
+        ["share of its floor: best re-sharded, best static"],
+    )
+    for column, winner, ours in zip(columns, static, resharded, strict=True):
+        both = winner is not None and ours is not None
+        ratios.append(f"**{rate(column[ours]) / rate(column[winner]):.2f}**" if both else NONE)
+        shares.append(", ".join(share(column[name]) if name else NONE for name in (ours, winner)))
+    return table(["contestant", *found], [*rows, ratios, shares])
+
+
+def cell(one: dict[str, Any], best_static: bool) -> str:
+    """Tokens per second with their spread."""
+    if one["error"] and not one["runs"]:
+        return "failed"
+    rates = [r["tokens_per_second"] for r in one["runs"]]
+    return f"{rate(one):,.0f}{'*' if best_static else ''} ({min(rates):,.0f} to {max(rates):,.0f})"
+
+
+def share(one: dict[str, Any]) -> str:
+    """Floor over median seconds."""
+    return f"{one['floor']['seconds'] / one['median_seconds']:.0%}" if one["floor"] else NONE
+
+
+def rate(one: dict[str, Any]) -> float:
+    """Median tokens per second."""
+    return float(one["median_tokens_per_second"])
+
+
+def best(column: dict[str, dict[str, Any]], *, reshards: bool) -> str | None:
+    """Name of the fastest of Seesaw's contestants that re-shard, or of those that do not."""
+    names = [
+        name
+        for name, one in column.items()
+        if one["kind"] == "seesaw" and one["runs"] and Plan.parse(one["options"]["plan"]).reshards == reshards
+    ]
+    return max(names, key=lambda name: rate(column[name]), default=None)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, numbers to the right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Contestants on workloads, in alternating runs, each explained by its floor."""

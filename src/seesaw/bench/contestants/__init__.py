@@ -1,0 +1,1 @@
+"""The programs that run as contestants, each a process of its own."""

@@ -1,0 +1,73 @@
+"""The joined table of a sweep over link speeds, from made-up results."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from benchmarks import rig_sweep
+
+
+def contestant(
+    name: str, rates: list[float], error: str | None = None, kind: str = "seesaw"
+) -> dict[str, Any]:
+    middle = sorted(rates)[len(rates) // 2] if rates else None
+    return {
+        "name": name,
+        "kind": kind,
+        "options": {"plan": name.partition("@")[0]},
+        "error": error,
+        "runs": [{"tokens_per_second": rate} for rate in rates],
+        "median_tokens_per_second": middle,
+        "median_seconds": None if middle is None else 1000 / middle,
+        "floor": None if middle is None else {"seconds": 1.0},
+    }
+
+
+def result(*contestants: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "shape": "tiny",
+        "date": "2026-01-02",
+        "machine": {"processor": "p"},
+        "versions": {"seesaw": "1"},
+        "options": {"rounds": 3},
+        "workloads": [{"name": "short", "contestants": list(contestants)}],
+    }
+
+
+def test_the_best_static_plan_of_each_speed_is_marked() -> None:
+    found = {
+        "1gbit": result(
+            contestant("P2->T2", [120.0, 130.0, 140.0]),
+            contestant("T2", [90.0, 100.0, 110.0]),
+            contestant("T2->T2", [80.0]),
+            contestant("P2@chunk=512", [], error="out of luck"),
+        ),
+        "4gbit": result(
+            contestant("P2->T2", [120.0]),
+            contestant("T2", [100.0]),
+            contestant("T2->T2", [150.0]),
+            contestant("P2@chunk=512", [90.0]),
+        ),
+    }
+    args = argparse.Namespace(ranks=2, quota="auto", record="sweep")
+    lines = rig_sweep.report(args, found).splitlines()
+    for line in (
+        "# sweep: tiny on 2 ranks, 2026-01-02",
+        "| contestant | 1gbit | 4gbit |",
+        "| P2->T2 | 130 (120 to 140) | 120 (120 to 120) |",
+        "| T2 | 100* (90 to 110) | 100 (100 to 100) |",
+        "| T2->T2 | 80 (80 to 80) | 150* (150 to 150) |",
+        "| P2@chunk=512 | failed | 90 (90 to 90) |",
+        "| best re-sharded over best static | **1.30** | **0.80** |",
+        "| share of its floor: best re-sharded, best static | 13%, 10% | 12%, 15% |",
+        "- 1gbit: P2@chunk=512: out of luck",
+    ):
+        assert line in lines
+
+
+def test_a_speed_without_a_static_plan_has_no_ratio() -> None:
+    found = {"none": result(contestant("P2->T2", [100.0]), contestant("vllm:TP1", [500.0], kind="vllm"))}
+    found["none"]["workloads"][0]["contestants"][1]["options"] = {"layout": "TP1"}
+    lines = rig_sweep.speeds(found, 0)
+    assert "| best re-sharded over best static | – |" in lines
