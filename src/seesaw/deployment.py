@@ -26,6 +26,10 @@ from seesaw.weights.stages import head_weight_in_layers, prefill_head_weight
 
 logger = logging.getLogger(__name__)
 
+_TOKENS_IN_FLIGHT = 2048
+_LEAST_CHUNK = 256
+"""Fewer rows than this make matrix products slower."""
+
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
 
@@ -48,7 +52,7 @@ class Options:
     max_model_len: int | None = None
     seed: int = 0
     chunk: int | None = None
-    """Most tokens of a batch that holds prefill."""
+    """Most tokens of a batch that holds prefill; by default 2048 shared out over the pipeline stages of prefill."""
     max_running: int = 256
     """Most sequences decoding at once on one replica."""
     block_size: int = 16
@@ -95,7 +99,7 @@ def resolve(options: Options) -> Deployment:
     shardings = _shardings(spec, plan)
     dtype = _choose_dtype(options, spec)
     device_memory, host_kv = _budgets(options, plan)
-    chunk = options.chunk or 2048
+    chunk = options.chunk or max(_TOKENS_IN_FLIGHT // plan.prefill.pp, _LEAST_CHUNK)
     memory = plan_memory(
         spec,
         shardings,

@@ -39,7 +39,16 @@ def entry(name: str, seconds: list[float], kind: str = "seesaw", error: str | No
         "steps": {"prefill": 2, "decode": 16},
         "host_seconds": {"decode": 0.016},
         "rank_host_seconds": {"decode": 0.008},
-        "transitions": [{"target": "T2", "bytes": 1 << 30, "seconds": 0.5, "mode": "delta"}],
+        "transitions": [
+            {
+                "target": "T2",
+                "bytes": 1 << 30,
+                "seconds": 0.7,
+                "mode": "delta",
+                "copied_bytes": 1 << 28,
+                "moving_seconds": 0.5,
+            }
+        ],
     }
     plan = {"plan": name} if kind == "seesaw" else {"layout": name.removeprefix("vllm:")}
     about = {"transition": "delta"} if kind == "seesaw" else {"vllm": "0.32.0"}
@@ -121,7 +130,7 @@ def test_tables(found: BenchResult) -> None:
         ["P2->T2, prefill", "2.00", "1.00", "50%", "40%", "1.0", "2", "1,000.00", "–", "–"],
         ["P2->T2, decode", "4.00", "2.00", "50%", "2%", "5.0", "16", "250.00", "1.00", "0.50"],
     ]
-    assert transitions.rows[0] == ["P2->T2", "1", "delta", "0.500", "8.3%", "1.00 GiB", "2.1", "1.86"]
+    assert transitions.rows[0] == ["P2->T2", "1", "delta", "0.500", "8.3%", "1.25 GiB", "2.7", "1.49"]
 
 
 def test_the_probe_keeps_the_accuracy_of_the_type(found: BenchResult) -> None:

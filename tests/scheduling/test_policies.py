@@ -82,6 +82,25 @@ def test_chunked_mixes_decode_with_prompts() -> None:
     assert max(sum(f.counts) for f in forwards) <= 16
 
 
+@pytest.mark.parametrize("policy", ["chunked", "prefill-first", "decode-first"])
+@pytest.mark.parametrize("plan", ["D2", "P2", "D2P2"])
+@pytest.mark.parametrize("count", [8, 40])
+def test_static_plans_deal_prompts_evenly(policy: str, plan: str, count: int) -> None:
+    """Few or many, every replica and every group of a pipeline gets its share of prompts and of batches."""
+    scheduler = make(config(plan, policy, device_blocks=(200, 200), max_running=64))
+    for i in range(count):
+        scheduler.add(request(i), frozenset())
+    scheduler.more_expected = False
+    forwards = [action for action in scheduler.schedule() if isinstance(action, Forward)]
+    sizes = [len(group.sequences) for replica in scheduler.replicas for group in replica.groups]
+    each = (
+        15 if policy == "chunked" else 16
+    )  # two batches of 64 tokens; chunked feeds 8 sequences' next tokens too
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == min(count, each * len(sizes)), sizes
+    if count == 40 and len(sizes) == 2:
+        assert [sum(forward.counts) for forward in forwards] == [64] * 4
+
+
 @pytest.mark.parametrize("policy", ["prefill-first", "decode-first"])
 def test_separate_batches_never_mix(policy: str) -> None:
     scheduler = make(config("T2", policy))

@@ -77,14 +77,14 @@ class Entry:
         }
 
     def transitions(self) -> tuple[float, float, float]:
-        """Medians over the runs: number of transitions, their seconds, their bytes."""
+        """Medians over the runs: number of transitions, seconds that the busiest rank spent moving, bytes moved."""
         lists = [run.details.get("transitions", []) for run in self.runs]
         if not lists:
             return 0.0, 0.0, 0.0
         return (
             statistics.median(len(one) for one in lists),
-            statistics.median(sum(t["seconds"] for t in one) for one in lists),
-            statistics.median(sum(t["bytes"] for t in one) for one in lists),
+            statistics.median(sum(t["moving_seconds"] for t in one) for one in lists),
+            statistics.median(sum(t["bytes"] + t["copied_bytes"] for t in one) for one in lists),
         )
 
 

@@ -139,7 +139,7 @@ def _phase(entry: Entry, name: str, seconds: float) -> list[str]:
 
 
 def _transitions(result: WorkloadResult) -> Table:
-    columns = ["contestant", "transitions", "mode", "seconds", "of the run", "moved", "GB/s", "× copying"]
+    columns = ["contestant", "transitions", "mode", "moving s", "of the run", "moved", "GB/s", "× copying"]
     rows = []
     for entry in result.entries:
         count, seconds, moved = entry.transitions()

@@ -251,7 +251,7 @@ class Scheduler:
             return False
         return replica.pool.free - self.config.blocks(tokens) >= reserved
 
-    def admit(self, sequence: Sequence, replica: Replica, *, via_host: bool) -> None:
+    def admit(self, sequence: Sequence, replica: Replica, group: int, *, via_host: bool) -> None:
         """Begin prefill of the sequence at the head of `waiting`: it gets device blocks for all its tokens.
 
         `via_host`: it leaves for the host buffer when prefilled, so it gets host blocks as well.
@@ -259,7 +259,7 @@ class Scheduler:
         popped = self.waiting.popleft()
         assert popped is sequence
         blocks = self.config.blocks(len(sequence.tokens))
-        self._enter(sequence, replica, blocks)
+        self._enter(sequence, replica, group, blocks)
         sequence.status = Status.PREFILLING
         if via_host:
             sequence.host_blocks = self.host.allocate(blocks)
@@ -268,7 +268,7 @@ class Scheduler:
         """Bring the sequence at the head of `hosted` to a device."""
         popped = self.hosted.popleft()
         assert popped is sequence
-        self._enter(sequence, replica, len(sequence.host_blocks))
+        self._enter(sequence, replica, replica.smallest_group(), len(sequence.host_blocks))
         sequence.status = Status.SWAPPING_IN
         pairs = list(zip(sequence.device_blocks, sequence.host_blocks, strict=True))
         self._copy(sequence, SwapIn(self._new_id(), replica.index, pairs))
@@ -348,11 +348,11 @@ class Scheduler:
         self._copies[action.id] = [sequence]
         self._actions.append(action)
 
-    def _enter(self, sequence: Sequence, replica: Replica, blocks: int) -> None:
+    def _enter(self, sequence: Sequence, replica: Replica, group: int, blocks: int) -> None:
         sequence.device_blocks = replica.pool.allocate(blocks)
         sequence.known_blocks = 0
         sequence.home = replica
-        sequence.group = replica.smallest_group()
+        sequence.group = group
         sequence.admitted = self._new_id()
         replica.groups[sequence.group].sequences[sequence.id] = sequence
 

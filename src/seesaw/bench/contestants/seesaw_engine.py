@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from typing import Any
@@ -67,8 +68,7 @@ def difference(before: EngineStats, after: EngineStats) -> dict[str, Any]:
         old, new = getattr(before, name, {}), getattr(after, name, {})
         details[name] = {key: value - old.get(key, 0) for key, value in new.items()}
     details["transitions"] = [
-        {"target": record.target, "bytes": record.bytes, "seconds": record.seconds, "mode": record.mode}
-        for record in after.transitions[len(before.transitions) :]
+        dataclasses.asdict(record) for record in after.transitions[len(before.transitions) :]
     ]
     return details
 

@@ -47,6 +47,26 @@ def onboard(scheduler: Scheduler) -> None:
         reserved[replica.index] += 1
 
 
+def fair_sizes(scheduler: Scheduler) -> list[int]:
+    """How many sequences a group of each replica may have: as if all that wait and fit were spread evenly.
+
+    Else the first group would take what the others could begin with, and a pipeline or another replica would
+    wait for it from then on.
+    """
+    replicas = scheduler.replicas
+    if not scheduler.waiting:
+        return [0] * len(replicas)
+    blocks = scheduler.config.blocks(len(scheduler.waiting[0].tokens) + 1) + 1
+    room = [
+        max(0, min((r.pool.free - scheduler.reserve(r)) // blocks, r.max_running - r.resident))
+        for r in replicas
+    ]
+    roomy = [r for r in replicas if room[r.index]] or replicas
+    coming = max(1, min(len(scheduler.waiting), sum(room)))
+    level = -(-(sum(r.resident for r in roomy) + coming) // len(roomy))
+    return [-(-min(level, r.resident + max(1, room[r.index])) // r.stages) for r in replicas]
+
+
 def decodable(scheduler: Scheduler, replica: Replica, group: int) -> list[Sequence]:
     """Sequences of the group that can take a decode step now, each with a device block for it.
 

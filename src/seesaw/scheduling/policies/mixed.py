@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from seesaw.scheduling.config import PolicyName
-from seesaw.scheduling.policies.base import decodable, feed_prompt, may_submit, onboard
+from seesaw.scheduling.policies.base import decodable, fair_sizes, feed_prompt, may_submit, onboard
 from seesaw.scheduling.sequence import Sequence, Status
 
 if TYPE_CHECKING:
@@ -26,57 +26,76 @@ class MixedPolicy:
         self.name = name
 
     def schedule(self, scheduler: Scheduler) -> None:
-        """Bring preempted sequences back, then give every group its next batches."""
+        """Bring preempted sequences back, then deal batches to the groups in turn until none can take one."""
         onboard(scheduler)
-        for replica in sorted(scheduler.replicas, key=lambda r: (r.resident, r.index)):
-            for group in range(replica.stages):
-                while may_submit(scheduler, replica, group):
-                    batch = scheduler.batch(replica, group, feedback=scheduler.config.overlap)
-                    self._fill(scheduler, replica, group, batch)
-                    scheduler.submit(batch)
-                    if not batch.sequences:
-                        break
+        places = [(replica, group) for replica in scheduler.replicas for group in range(replica.stages)]
+        while places:
+            places.sort(key=_load)
+            limits = fair_sizes(scheduler)
+            places = [
+                (replica, group)
+                for replica, group in places
+                if may_submit(scheduler, replica, group)
+                and self._submit(scheduler, replica, group, limits[replica.index])
+            ]
 
-    def _fill(self, scheduler: Scheduler, replica: Replica, group: int, batch: BatchBuilder) -> None:
+    def _submit(self, scheduler: Scheduler, replica: Replica, group: int, limit: int) -> bool:
+        batch = scheduler.batch(replica, group, feedback=scheduler.config.overlap)
+        self._fill(scheduler, batch, limit)
+        scheduler.submit(batch)
+        return bool(batch.sequences)
+
+    def _fill(self, scheduler: Scheduler, batch: BatchBuilder, limit: int) -> None:
         if self.name == "chunked":
-            self._decode(scheduler, replica, group, batch)
-            self._prefill(scheduler, replica, group, batch)
+            self._decode(scheduler, batch)
+            self._prefill(scheduler, batch, limit)
         elif self.name == "prefill-first":
-            self._prefill(scheduler, replica, group, batch)
+            self._prefill(scheduler, batch, limit)
             if not batch.sequences:
-                self._decode(scheduler, replica, group, batch)
+                self._decode(scheduler, batch)
         else:
-            self._fill_or_drain(scheduler, replica, group, batch)
+            self._fill_or_drain(scheduler, batch, limit)
 
-    def _fill_or_drain(self, scheduler: Scheduler, replica: Replica, group: int, batch: BatchBuilder) -> None:
+    def _fill_or_drain(self, scheduler: Scheduler, batch: BatchBuilder, limit: int) -> None:
+        replica = batch.replica
         if replica.resident == 0:
             replica.filling = True
         if replica.filling:
-            self._prefill(scheduler, replica, group, batch)
-            if batch.sequences or _partial(replica):
-                return
+            self._prefill(scheduler, batch, limit)
+            full = len(replica.groups[batch.group].sequences) >= limit
+            if batch.sequences or _partial(replica) or (full and replica.in_flight):
+                return  # another group may have its share to take yet
             replica.filling = replica.resident == 0
-        self._decode(scheduler, replica, group, batch)
+        self._decode(scheduler, batch)
 
-    def _decode(self, scheduler: Scheduler, replica: Replica, group: int, batch: BatchBuilder) -> None:
-        for sequence in decodable(scheduler, replica, group):
+    def _decode(self, scheduler: Scheduler, batch: BatchBuilder) -> None:
+        for sequence in decodable(scheduler, batch.replica, batch.group):
             batch.feed(sequence, 1)
 
-    def _prefill(self, scheduler: Scheduler, replica: Replica, group: int, batch: BatchBuilder) -> None:
-        budget = scheduler.config.max_batch_tokens
-        for sequence in list(replica.groups[group].sequences.values()):
+    def _prefill(self, scheduler: Scheduler, batch: BatchBuilder, limit: int) -> None:
+        """Feed prompts that have begun, then new ones while the group has fewer than `limit` sequences."""
+        budget, replica = scheduler.config.max_batch_tokens, batch.replica
+        members = replica.groups[batch.group].sequences
+        for sequence in list(members.values()):
             if sequence.status is Status.PREFILLING and batch.tokens_fed < budget:
                 feed_prompt(scheduler, batch, sequence, budget - batch.tokens_fed)
         if scheduler.hosted or scheduler.swapping_out:
             return  # preempted sequences come back before new ones are taken
         reserved = scheduler.reserve(replica) if scheduler.waiting else 0
-        while batch.tokens_fed < budget and scheduler.waiting and replica.smallest_group() == group:
+        while batch.tokens_fed < budget and scheduler.waiting and len(members) < limit:
             sequence = scheduler.waiting[0]
             if not scheduler.has_room(replica, len(sequence.tokens) + 1, reserved=reserved):
                 return
-            scheduler.admit(sequence, replica, via_host=False)
+            scheduler.admit(sequence, replica, batch.group, via_host=False)
             reserved += 1
             feed_prompt(scheduler, batch, sequence, budget - batch.tokens_fed)
+
+
+def _load(place: tuple[Replica, int]) -> tuple[int, int, int, int]:
+    """Idle groups first, then those with the fewest sequences."""
+    replica, group = place
+    found = replica.groups[group]
+    return found.in_flight, len(found.sequences), replica.index, group
 
 
 def _partial(replica: Replica) -> list[Sequence]:

@@ -66,7 +66,7 @@ class PhasedPolicy:
         self._feed(scheduler, batch, self._partial.pop(replica.index, None))
         while batch.tokens_fed < scheduler.config.max_batch_tokens and self._can_prefill(scheduler, replica):
             sequence = scheduler.waiting[0]
-            scheduler.admit(sequence, replica, via_host=_needs_decode(sequence))
+            scheduler.admit(sequence, replica, batch.group, via_host=_needs_decode(sequence))
             self._feed(scheduler, batch, sequence)
         scheduler.submit(batch)
         return bool(batch.sequences)
