@@ -4,6 +4,7 @@
 // An item walks the context in chunks of 64 tokens. A chunk is packed once for all rows of the tile: K transposed
 // to [unit][token], V to [token][unit], where a unit is 32 bits: one float, or a pair of bfloat16 that the dot
 // instruction takes. So the pool is streamed once per tile, and both products are the same small matrix kernel.
+// With few rows (decode) packing V would cost more than it saves, and its rows are taken from the pool.
 //
 // A row's result depends on its query, its context and the chunk size alone: each row sums in the same order in
 // whatever tile it sits, and a chunk that a row does not see leaves its state as it was, bit for bit. Hence
@@ -12,17 +13,20 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "small_product.h"
 #include "vectors.h"
 
 namespace seesaw {
 namespace {
 
-constexpr int TILE = LANES == 16 ? 4 : 2;
 constexpr int64_t CHUNK = 64;       // tokens packed at a time
 constexpr int64_t TILE_ROWS = 128;  // query rows that share a packed chunk
 constexpr int64_t PREFETCH_ROWS = 32;  // with more rows the products take longer than memory does
+constexpr int64_t FEW_ROWS = 8;        // up to so many, V is not packed
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Status : int32_t { OK = 0, BAD_SLOT = 1, BAD_BLOCK = 2, BAD_DTYPE = 3, BAD_BATCH = 4, NO_MEMORY = 5 };
@@ -47,61 +51,6 @@ struct Arguments {
 };
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// ---- C[rows, columns] = A[rows, k] B[k, columns], optionally added to C ---------------------------------------
-
-template <bool Pair>
-inline vf multiply_add(vu a, vu b, vf c) {
-#if SEESAW_BF16_DOT
-    if constexpr (Pair) return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-#endif
-    return fused((vf)a, (vf)b, c);
-}
-
-template <bool Pair, int ROWS, int VECTORS>
-inline void product_block(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                          int64_t k, bool add) {
-    vf sum[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int j = 0; j < VECTORS; ++j) sum[r][j] = add ? load<vf>(c + r * ldc + j * LANES) : vf{};
-    for (int64_t i = 0; i < k; ++i) {
-        vu columns[VECTORS];
-        for (int j = 0; j < VECTORS; ++j) columns[j] = load<vu>(b + i * ldb + j * LANES);
-        for (int r = 0; r < ROWS; ++r) {
-            const vu x = splat(a[r * lda + i]);
-            for (int j = 0; j < VECTORS; ++j) sum[r][j] = multiply_add<Pair>(x, columns[j], sum[r][j]);
-        }
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int j = 0; j < VECTORS; ++j) store(c + r * ldc + j * LANES, sum[r][j]);
-}
-
-template <bool Pair, int VECTORS>
-void product_columns(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                     int64_t rows, int64_t k, bool add) {
-    int64_t r = 0;
-    for (; r + 6 <= rows; r += 6)
-        product_block<Pair, 6, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, k, add);
-    for (; r + 4 <= rows; r += 4)
-        product_block<Pair, 4, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, k, add);
-    for (; r + 2 <= rows; r += 2)
-        product_block<Pair, 2, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, k, add);
-    if (r < rows) product_block<Pair, 1, VECTORS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, k, add);
-}
-
-// `columns` is a multiple of LANES. A tile of 6 rows by TILE vectors of sums fills the registers.
-template <bool Pair>
-void product(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-             int64_t columns, int64_t k, bool add) {
-    int64_t j = 0;
-    for (; j + TILE * LANES <= columns; j += TILE * LANES)
-        product_columns<Pair, TILE>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
-    switch ((columns - j) / LANES) {
-        case 3: return product_columns<Pair, 3>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
-        case 2: return product_columns<Pair, 2>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
-        case 1: return product_columns<Pair, 1>(a, lda, b + j, ldb, c + j, ldc, rows, k, add);
-    }
-}
 
 // ---- scratch memory of one thread -----------------------------------------------------------------------------
 
@@ -167,14 +116,15 @@ class Attention {
         if (end > a_.table_width * a_.block_size) return BAD_BLOCK;
         const int64_t begin = a_.window ? std::max<int64_t>(0, position_ - a_.window + 1) / CHUNK * CHUNK : 0;
         prefetch_ = rows_ <= PREFETCH_ROWS;
+        few_ = !Pair && rows_ <= FEW_ROWS && a_.head_dim % (4 * LANES) == 0;
         if (!find_rows(begin, end)) return BAD_BLOCK;
         for (int64_t start = begin; start < end; start += CHUNK) {
-            std::copy_n(ahead_, CHUNK, keys_);
-            std::copy_n(values_ahead_, CHUNK, values_);
+            std::swap(rows_at_, rows_ahead_);
             if (!find_rows(start + CHUNK, end)) return BAD_BLOCK;
-            pack_keys();
-            pack_values();
-            attend(start);
+            const int64_t columns = std::min(CHUNK, round_up(end - start, LANES));  // no row sees what lies behind
+            pack_keys(columns);
+            if (!few_) pack_values();
+            attend(start, columns);
         }
         store_result();
         return OK;
@@ -211,15 +161,15 @@ class Attention {
         const int64_t visible = a_.window ? std::max<int64_t>(0, position_ - a_.window + 1) : 0;
         const int64_t from = std::clamp<int64_t>(visible - start, 0, CHUNK);
         const int64_t to = std::clamp<int64_t>(end - start, 0, CHUNK);
-        for (int64_t t = 0; t < from; ++t) ahead_[t] = values_ahead_[t] = (const T*)s_.zeros;
-        for (int64_t t = to; t < CHUNK; ++t) ahead_[t] = values_ahead_[t] = (const T*)s_.zeros;
+        for (int64_t t = 0; t < from; ++t) rows_ahead_->k[t] = rows_ahead_->v[t] = (const T*)s_.zeros;
+        for (int64_t t = to; t < CHUNK; ++t) rows_ahead_->k[t] = rows_ahead_->v[t] = (const T*)s_.zeros;
         if (from >= to) return true;
         int64_t index = (start + from) / a_.block_size, offset = (start + from) % a_.block_size;
         for (int64_t t = from; t < to; ++index, offset = 0) {
             const int64_t block = table_[index], stop = std::min(to, t + a_.block_size - offset);
             if (block < 0 || block >= a_.blocks) return false;
             for (const T* row = key_row(block, offset); t < stop; ++t, row += a_.head_dim)
-                ahead_[t] = row, values_ahead_[t] = row + plane_;
+                rows_ahead_->k[t] = row, rows_ahead_->v[t] = row + plane_;
         }
         return true;
     }
@@ -241,27 +191,47 @@ class Attention {
     // twenty lines only, and packing would stall behind them.
     static void want(const T* p) { __builtin_prefetch(p, 0, 2); }
 
-    void pack_keys() {
+    void pack_keys(int64_t columns) {
+        for (int64_t t = 0; t < columns; t += LANES) {
+            int64_t u = 0;
+            if constexpr (std::is_same_v<S, BF16> && !Pair)
+                for (; u + 2 * LANES <= a_.head_dim; u += 2 * LANES) pack_pairs(t, u);
+            for (; u < units_; u += LANES) pack_units(t, u);
+        }
+    }
+
+    // LANES units of LANES rows.
+    void pack_units(int64_t t, int64_t u) {
         const int64_t whole = Pair ? a_.head_dim / 2 : a_.head_dim;
-        for (int64_t t = 0; t < CHUNK; t += LANES)
-            for (int64_t u = 0; u < units_; u += LANES) {
-                vu square[LANES];
-                if (prefetch_)
-                    for (int i = 0; i < LANES; ++i) want(ahead_[t + i] + u * (4 / sizeof(T)));
-                if (u + LANES <= whole) {
-                    for (int i = 0; i < LANES; ++i)
-                        square[i] = Pair ? load<vu>(keys_[t + i] + 2 * u) : (vu)S::read(keys_[t + i] + u);
-                } else {
-                    for (int i = 0; i < LANES; ++i) square[i] = row_units(keys_[t + i], u);
-                }
-                transpose(square);
-                uint32_t* to = s_.k + u * CHUNK + t;
-                if (u + LANES <= units_) {
-                    for (int i = 0; i < LANES; ++i) store(to + i * CHUNK, square[i]);
-                } else {
-                    for (int i = 0; i < LANES / 2; ++i) store(to + i * CHUNK, square[i]);
-                }
-            }
+        const T* const* keys = rows_at_->k + t;
+        vu square[LANES];
+        if (prefetch_)
+            for (int i = 0; i < LANES; ++i) want(rows_ahead_->k[t + i] + u * (4 / sizeof(T)));
+        if (u + LANES <= whole) {
+            for (int i = 0; i < LANES; ++i)
+                square[i] = Pair ? load<vu>(keys[i] + 2 * u) : (vu)S::read(keys[i] + u);
+        } else {
+            for (int i = 0; i < LANES; ++i) square[i] = row_units(keys[i], u);
+        }
+        transpose(square);
+        uint32_t* to = s_.k + u * CHUNK + t;
+        const int count = u + LANES <= units_ ? LANES : LANES / 2;
+        for (int i = 0; i < count; ++i) store(to + i * CHUNK, square[i]);
+    }
+
+    // Twice as many bfloat16 units: transposed in pairs and widened afterwards.
+    void pack_pairs(int64_t t, int64_t u) {
+        const T* const* keys = rows_at_->k + t;
+        vu square[LANES];
+        if (prefetch_)
+            for (int i = 0; i < LANES; ++i) want(rows_ahead_->k[t + i] + u);
+        for (int i = 0; i < LANES; ++i) square[i] = load<vu>(keys[i] + u);
+        transpose(square);
+        uint32_t* to = s_.k + u * CHUNK + t;
+        for (int i = 0; i < LANES; ++i) {
+            store(to + 2 * i * CHUNK, square[i] << 16);
+            store(to + (2 * i + 1) * CHUNK, square[i] & 0xffff0000u);
+        }
     }
 
     void pack_values() {
@@ -269,23 +239,23 @@ class Attention {
         for (int64_t t = 0; t < CHUNK; t += Pair ? 2 : 1) {
             if (prefetch_)
                 for (int64_t d = 0; d < a_.head_dim; d += line) {
-                    want(values_ahead_[t] + d);
-                    if (Pair) want(values_ahead_[t + 1] + d);
+                    want(rows_ahead_->v[t] + d);
+                    if (Pair) want(rows_ahead_->v[t + 1] + d);
                 }
             uint32_t* to = s_.v + (Pair ? t / 2 : t) * width_;
             int64_t d = 0;
             for (; d + LANES <= a_.head_dim; d += LANES) {
                 if constexpr (Pair)
-                    store(to + d, halves(values_[t] + d) | halves(values_[t + 1] + d) << 16);
+                    store(to + d, halves(rows_at_->v[t] + d) | halves(rows_at_->v[t + 1] + d) << 16);
                 else
-                    store(to + d, S::read(values_[t] + d));
+                    store(to + d, S::read(rows_at_->v[t] + d));
             }
             if (d == width_) continue;  // else half a vector is left
             if constexpr (Pair) {
-                const vu pairs = halves_some(values_[t] + d) | halves_some(values_[t + 1] + d) << 16;
+                const vu pairs = halves_some(rows_at_->v[t] + d) | halves_some(rows_at_->v[t + 1] + d) << 16;
                 store(to + d, pairs);
             } else {
-                store(to + d, load_some<S>(values_[t] + d, a_.head_dim - d));
+                store(to + d, load_some<S>(rows_at_->v[t] + d, a_.head_dim - d));
             }
         }
     }
@@ -297,18 +267,49 @@ class Attention {
         return widen(load<vh>(part));
     }
 
-    void attend(int64_t start) {
+    void attend(int64_t start, int64_t columns) {
         // rows before `from` see only earlier tokens than this chunk's, rows from `to` on only later ones
         const int64_t from = std::max<int64_t>(0, start - position_) * group_;
         const int64_t last = start + CHUNK - 1 + a_.window - 1;
         const int64_t to = a_.window ? std::min(rows_, (last - position_ + 1) * group_) : rows_;
         if (from >= to) return;
-        product<Pair>(s_.q + from * units_, units_, s_.k, CHUNK, s_.scores + from * CHUNK, CHUNK, to - from, CHUNK,
+        product<Pair>(s_.q + from * units_, units_, s_.k, CHUNK, s_.scores + from * CHUNK, CHUNK, to - from, columns,
                       units_, false);
         for (int64_t r = from; r < to; ++r) soften(r, start);
+        if (few_) return add_values(from, to, columns);
         constexpr int64_t steps = Pair ? CHUNK / 2 : CHUNK;
         product<Pair>(s_.p + from * steps, steps, s_.v, width_, s_.out + from * width_, width_, to - from, width_,
                       steps, true);
+    }
+
+    // What the second product does, in the same order, with V where it lies. Tokens behind `columns` weigh nothing.
+    void add_values(int64_t from, int64_t to, int64_t columns) {
+        int64_t r = from;
+        for (; r + 4 <= to; r += 4) add_values_to<4, 2>(r, columns);
+        for (; r + 2 <= to; r += 2) add_values_to<2, 4>(r, columns);
+        if (r < to) add_values_to<1, 4>(r, columns);
+    }
+
+    template <int ROWS, int VECTORS>
+    void add_values_to(int64_t row, int64_t columns) {
+        constexpr int LINE_VECTORS = std::max<int>(1, 64 / (LANES * sizeof(T)));  // vectors that share a cache line
+        const float* weights = (const float*)s_.p + row * CHUNK;
+        for (int64_t d = 0; d < width_; d += VECTORS * LANES) {
+            float* out = s_.out + row * width_ + d;
+            vf sum[ROWS][VECTORS];
+            for (int r = 0; r < ROWS; ++r)
+                for (int j = 0; j < VECTORS; ++j) sum[r][j] = load<vf>(out + r * width_ + j * LANES);
+            for (int64_t t = 0; t < columns; ++t) {
+                for (int j = 0; j < VECTORS; j += LINE_VECTORS) want(rows_ahead_->v[t] + d + j * LANES);
+                for (int j = 0; j < VECTORS; ++j) {
+                    const vf value = S::read(rows_at_->v[t] + d + j * LANES);
+                    for (int r = 0; r < ROWS; ++r)
+                        sum[r][j] = fused(splat(weights[r * CHUNK + t]), value, sum[r][j]);
+                }
+            }
+            for (int r = 0; r < ROWS; ++r)
+                for (int j = 0; j < VECTORS; ++j) store(out + r * width_ + j * LANES, sum[r][j]);
+        }
     }
 
     // Turns the scores of a row into weights relative to the row's largest score so far, in base 2.
@@ -373,9 +374,11 @@ class Attention {
     Scratch& s_;
     int64_t group_, rows_, width_, units_, position_, plane_;
     const int32_t* table_;
-    bool prefetch_;
-    const T *keys_[CHUNK], *values_[CHUNK];        // rows of the chunk at hand
-    const T *ahead_[CHUNK], *values_ahead_[CHUNK];  // and of the next one
+    bool prefetch_, few_;
+    struct Rows {
+        const T *k[CHUNK], *v[CHUNK];
+    } rows_of_chunks_[2];
+    Rows *rows_at_ = &rows_of_chunks_[0], *rows_ahead_ = &rows_of_chunks_[1];  // the chunk at hand and the next one
 };
 
 // ---- the batch ------------------------------------------------------------------------------------------------
