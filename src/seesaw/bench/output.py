@@ -103,6 +103,7 @@ def _entry(entry: Entry, reference: Entry | None) -> dict[str, Any]:
         "median_seconds": entry.seconds,
         "median_tokens_per_second": entry.rate,
         "ratio": ratio(entry, reference),
+        "profile": {name: dataclasses.asdict(times) for name, times in entry.profile.items()},
         "floor": None if entry.floor is None else _floor(entry.floor),
         "runs": [{**dataclasses.asdict(run), "tokens_per_second": run.rate} for run in entry.runs],
     }

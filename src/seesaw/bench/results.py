@@ -9,6 +9,7 @@ from typing import Any
 
 from seesaw.bench.contestant import Contestant
 from seesaw.bench.floor import Floor
+from seesaw.bench.profiles import PhaseTimes
 from seesaw.bench.workloads import Workload
 
 
@@ -42,6 +43,8 @@ class Entry:
     error: str | None = None
     """Why it has no more runs."""
     floor: Floor | None = None
+    profile: dict[str, PhaseTimes] = field(default_factory=dict)
+    """By phase, if it was asked for."""
     copy_rate: float | None = None
     """Bytes per second that its ranks together can copy."""
 

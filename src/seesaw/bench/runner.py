@@ -15,6 +15,7 @@ from seesaw.bench.contestant import Contestant, deployment_of, prepared
 from seesaw.bench.floor import floor_of
 from seesaw.bench.probe import ProbeResult, measure
 from seesaw.bench.process import ContestantError, Guard, JsonProcess
+from seesaw.bench.profiles import read_profiles
 from seesaw.bench.results import Entry, Run, WorkloadResult
 from seesaw.bench.workloads import Workload
 from seesaw.core.model_spec import ModelSpec
@@ -38,6 +39,8 @@ class BenchOptions:
     """Start every contestant anew in every round."""
     floor: bool = True
     """Measure the machine and give floors."""
+    profile: bool = False
+    """Have the ranks of Seesaw's contestants time their functions."""
     node: str | None = None
     """Node file for Seesaw's contestants."""
     device_memory: str | None = None
@@ -62,7 +65,7 @@ class Bench:
 
     def __init__(self, model: Path, spec: ModelSpec, options: BenchOptions, folder: Path) -> None:
         self._model, self._spec, self._options, self._folder = model, spec, options, folder
-        self._logs = 0
+        self._logs = self._profiles = 0
 
     def run(self, workloads: Sequence[Workload], contestants: Sequence[Contestant]) -> BenchResult:
         """All rounds of all contestants on each workload in turn.
@@ -85,6 +88,9 @@ class Bench:
                     )
                     found.results.append(result)
                     self._compete(result, guard)
+                    for entry in result.entries:
+                        if "profile" in entry.contestant.options:
+                            entry.profile = read_profiles(Path(entry.contestant.options["profile"]))
                 self._probe(found, asked, guard)
             except KeyboardInterrupt:
                 found.interrupted = True
@@ -105,6 +111,11 @@ class Bench:
             host_kv=options.host_kv,
         )
         if found.kind == "seesaw":
+            if options.profile:
+                self._profiles += 1
+                folder = self._folder / f"profile-{self._profiles}"
+                folder.mkdir(exist_ok=True)
+                found = found.with_defaults(profile=str(folder))
             deployment_of(found, self._model)
         return found
 

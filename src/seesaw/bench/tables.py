@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from seesaw.bench.probe import ProbeResult
+from seesaw.bench.profiles import MANY, REST
 from seesaw.bench.results import Entry, WorkloadResult, comparisons, median, ratio
 from seesaw.core.units import format_bytes
 
 NONE = "–"
+INDENT = "\N{NO-BREAK SPACE}" * 4
 _NOTEWORTHY = 0.05
 """Share of the cores from which on the work of others is told."""
 
@@ -34,7 +36,7 @@ class Table:
 
 
 def workload_tables(result: WorkloadResult, reference: Entry | None) -> list[Table]:
-    """What happened on a workload: contestants; phases; transitions where there are any."""
+    """What happened on a workload: contestants; phases; transitions and functions where there are any."""
     tables = [_contestants(result, reference)]
     phases = _phases(result)
     if phases.rows:
@@ -42,6 +44,9 @@ def workload_tables(result: WorkloadResult, reference: Entry | None) -> list[Tab
     transitions = _transitions(result)
     if transitions.rows:
         tables.append(transitions)
+    functions = _functions(result)
+    if functions.rows:
+        tables.append(functions)
     return tables
 
 
@@ -153,6 +158,29 @@ def _transitions(result: WorkloadResult) -> Table:
         rows.append([entry.name, *cells, _number(times, 2)])
     notes = ["× copying: over the time in which the ranks copy as much memory, as measured"] if rows else []
     return Table(f"{result.workload.name}: transitions, medians of one run", columns, rows, notes)
+
+
+def _functions(result: WorkloadResult) -> Table:
+    columns = ["contestant, phase, function", "ms a step", "share"]
+    rows, notes = [], []
+    for entry in result.entries:
+        for phase, times in entry.profile.items():
+            what = f"{entry.name}, {phase}"
+            notes.append(f"{what}: a step of {times.tokens:,.0f} tokens, the mean of {times.forwards:,}")
+            rows.append([what, _number(times.seconds * 1e3, 2), "100%"])
+            small = 0.0
+            for name, seconds in times.functions.items():
+                if seconds < MANY * times.seconds and name != REST:
+                    small += seconds
+                    continue
+                rows.append([f"{INDENT}{name}", *_part(seconds, times.seconds)])
+            if small:
+                rows.insert(len(rows) - 1, [f"{INDENT}others", *_part(small, times.seconds)])
+    return Table(f"{result.workload.name}: functions, means over the ranks", columns, rows, notes)
+
+
+def _part(seconds: float, whole: float) -> list[str]:
+    return [_number(seconds * 1e3, 2), f"{seconds / whole:.1%}"]
 
 
 def probe_table(probes: Sequence[ProbeResult]) -> Table:

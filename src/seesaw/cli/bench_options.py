@@ -100,6 +100,10 @@ Fresh = Annotated[
 Floor = Annotated[
     bool, typer.Option("--floor/--no-floor", help="Measure the cores and give floors.", rich_help_panel=_HOW)
 ]
+Profile = Annotated[
+    bool,
+    typer.Option("--profile", help="Time the functions of Seesaw's ranks, by phase.", rich_help_panel=_HOW),
+]
 Json = Annotated[
     Path | None,
     typer.Option(help="Write every run to this file.", metavar="FILE", rich_help_panel=_OUT),
@@ -135,6 +139,7 @@ __all__ = [
     "Note",
     "Peers",
     "Plans",
+    "Profile",
     "Record",
     "Reference",
     "Results",
