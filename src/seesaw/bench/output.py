@@ -71,7 +71,7 @@ def as_json(found: BenchResult, context: Context) -> dict[str, Any]:
         "note": context.note,
         "machine": dict(context.machine),
         "versions": dict(context.versions),
-        "options": dataclasses.asdict(found.options),
+        "options": _portable(dataclasses.asdict(found.options)),
         "interrupted": found.interrupted,
         "probes": {str(ranks): dataclasses.asdict(probe) for ranks, probe in found.probes.items()},
         "workloads": [_workload(result, context.reference) for result in found.results],
@@ -96,7 +96,7 @@ def _entry(entry: Entry, reference: Entry | None) -> dict[str, Any]:
     return {
         "name": entry.name,
         "kind": entry.contestant.kind,
-        "options": dict(entry.contestant.options),
+        "options": _portable(entry.contestant.options),
         "about": entry.about,
         "error": entry.error,
         "start_seconds": entry.start_seconds,
@@ -107,6 +107,11 @@ def _entry(entry: Entry, reference: Entry | None) -> dict[str, Any]:
         "floor": None if entry.floor is None else _floor(entry.floor),
         "runs": [{**dataclasses.asdict(run), "tokens_per_second": run.rate} for run in entry.runs],
     }
+
+
+def _portable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options but those that name files of this run."""
+    return {name: value for name, value in options.items() if name not in ("node", "profile")}
 
 
 def _floor(floor: Floor) -> dict[str, Any]:
