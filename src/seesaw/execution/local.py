@@ -211,26 +211,34 @@ class LocalExecutor:
     def _receive(self, seconds: float | None) -> list[FromWorker]:
         """Messages that have arrived; waits up to `seconds` (None: without end) for the first."""
         events = dict(self._poller.poll(None if seconds is None else int(seconds * 1000) + 1))
-        messages = []
-        if self._outbox in events:
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    messages.append(self._decoder.decode(self._outbox.recv(zmq.NOBLOCK)))
-        for message in messages:
-            if isinstance(message, Failed):
-                raise WorkerError(
-                    f"rank {message.rank} failed during {message.phase}: {message.message}",
-                    rank=message.rank,
-                    phase=message.phase,
-                    details=message.details,
-                )
-        if not messages:
-            self._check_alive(events)
+        messages = self._drain() if self._outbox in events else []
+        failed = [message for message in messages if isinstance(message, Failed)]
+        if failed:
+            # a rank that was killed tears its neighbours' connections: it is the cause, what they say is not
+            events = dict(self._poller.poll(0))
+            failed += [message for message in self._drain() if isinstance(message, Failed)]
+        if failed or not messages:
+            self._check_alive(events, {message.rank for message in failed})
+        for message in failed:
+            raise WorkerError(
+                f"rank {message.rank} failed during {message.phase}: {message.message}",
+                rank=message.rank,
+                phase=message.phase,
+                details=message.details,
+            )
         return messages
 
-    def _check_alive(self, events: dict[object, int]) -> None:
+    def _drain(self) -> list[FromWorker]:
+        messages = []
+        with contextlib.suppress(zmq.Again):
+            while True:
+                messages.append(self._decoder.decode(self._outbox.recv(zmq.NOBLOCK)))
+        return messages
+
+    def _check_alive(self, events: dict[object, int], spoken: set[int]) -> None:
+        """Raise if a rank has ended; those in `spoken` have said why."""
         for number, rank in enumerate(self._ranks):
-            if rank.pidfd in events:
+            if rank.pidfd in events and number not in spoken:
                 phase = "startup" if rank.ready is None else "run"
                 raise WorkerError(
                     f"rank {number} (process {rank.pid}) ended without a word during {phase}; it was killed, or "

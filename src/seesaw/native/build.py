@@ -20,13 +20,14 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno")
 # the first set that compiles is used; without OpenMP the kernels run on one thread
 _FLAG_SETS = ((*_FLAGS, "-fopenmp"), _FLAGS)
 _COMPILE_SECONDS = 120.0
@@ -129,22 +130,35 @@ def _cpu() -> str:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    """Compile into a temporary file beside `target` and move it into place: no half file is ever loaded."""
+    """Compile beside `target` and move the library into place: no half file is ever loaded."""
+    logger.info("compiling the native kernels for this CPU, once")
     errors = []
     for flags in _FLAG_SETS:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f"{target.stem}.", suffix=".tmp")
-        os.close(handle)
-        try:
-            _run([compiler, *flags, "-o", name, *map(str, _sources())])
-            if _loads(Path(name)):
-                Path(name).replace(target)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.stem}.") as folder:
+            library = Path(folder) / "library.so"
+            try:
+                _link(compiler, flags, library)
+            except BuildError as error:
+                errors.append(str(error))
+                continue
+            if _loads(library):
+                library.replace(target)
                 return
             errors.append(f"the library made with {flags[-1]} does not load")
-        except BuildError as error:
-            errors.append(str(error))
-        finally:
-            Path(name).unlink(missing_ok=True)
     raise BuildError("; ".join(errors))
+
+
+def _link(compiler: str, flags: Sequence[str], library: Path) -> None:
+    """Compile the sources, several at a time, and link them."""
+
+    def compile_one(source: Path) -> str:
+        made = library.with_name(f"{source.stem}.o")
+        _run([compiler, *flags, "-c", "-o", str(made), str(source)])
+        return str(made)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compile_one, _sources()))
+    _run([compiler, *flags, "-shared", "-o", str(library), *objects])
 
 
 def _run(command: Sequence[str]) -> str:
