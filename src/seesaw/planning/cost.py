@@ -1,0 +1,188 @@
+"""What a Forward costs on each pipeline stage of a layout, from a model's shape and a `HardwareSpec`.
+
+An operator takes `max(flops / (peak * e(rows)), bytes / bandwidth) + overhead`: weights stream from memory, or
+arithmetic bounds it. An all-reduce and a hand-over between stages follow the measured curves of their links. A
+`Cost` keeps the parts apart, so that a prediction can say what it is made of.
+
+The shards are the engine's own: a rank's share of heads, FFN columns and vocabulary is that of the first
+tensor-parallel rank, which holds the most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+
+from seesaw.core.hardware import HardwareSpec
+from seesaw.core.layout import Layout
+from seesaw.planning.shapes import PlannedModel
+
+_SMALL_OPERATORS = 5
+"""Of a layer, beside products and attention: two norms with their residuals, rotation, SwiGLU, writing KV."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds by cause."""
+
+    weights: float = 0.0
+    """Products that memory bounds."""
+    arithmetic: float = 0.0
+    """Products that arithmetic bounds."""
+    attention: float = 0.0
+    activations: float = 0.0
+    """Norms, rotation and the like: reading and writing activations."""
+    all_reduce: float = 0.0
+    overhead: float = 0.0
+    """Launches, and what a step costs beside its operators."""
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return float(sum(astuple(self)))
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, factor: float) -> Cost:
+        """So many of it."""
+        return Cost(*(factor * value for value in astuple(self)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a Forward has to do, as far as its cost depends on it."""
+
+    tokens: int
+    """Fed, over all sequences."""
+    sampled: int
+    """Sequences of which the next token is sampled."""
+    pairs: float = 0.0
+    """(query, key) pairs of the sequences that feed more than one token."""
+    longest: int = 1
+    """Most tokens that one sequence feeds."""
+    keys: float = 0.0
+    """Keys read by the sequences that feed one token."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A weight of `depth` x `columns` elements on one rank."""
+
+    depth: int
+    columns: int
+    bits: float
+
+
+@dataclass(slots=True)
+class LayoutCost:
+    """Seconds of Forwards on the stages of one replica. `stages` are numbers of layers."""
+
+    model: PlannedModel
+    hardware: HardwareSpec
+    layout: Layout
+    stages: Sequence[int]
+    dtype: str = "bfloat16"
+    """Type that products are computed in; activations have it too."""
+    _rows: dict[tuple[int, int, int], Cost] = field(default_factory=dict)
+    """What depends on rows alone, by stage, tokens and sampled sequences: steps repeat themselves."""
+
+    def stage(self, index: int, work: Work) -> Cost:
+        """One Forward on stage `index`."""
+        key = index, work.tokens, work.sampled
+        fixed = self._rows.get(key)
+        if fixed is None:
+            fixed = self._rows[key] = self._by_rows(*key)
+        return fixed + Cost(attention=self.stages[index] * self._attention(work))
+
+    def hand_over(self, tokens: int) -> float:
+        """Seconds from one stage's end of a Forward until the next one has its activations."""
+        return self.hardware.send(tokens * self.model.spec.hidden * self._activation_bytes)
+
+    # ---- parts --------------------------------------------------------------------------------------------
+
+    @property
+    def _head_bits(self) -> float:
+        """Quantised checkpoints leave the LM head at 16 bits."""
+        return max(self.model.weight_bits, 16.0)
+
+    @property
+    def _activation_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    def _by_rows(self, index: int, tokens: int, sampled: int) -> Cost:
+        spec, tp = self.model.spec, self.layout.tp
+        last = index == self.layout.pp - 1
+        layer = self._layer(tokens, tokens)
+        total = layer.times(self.stages[index] - last)
+        if last:  # the last layer computes keys and values for all tokens, the rest for the sampled ones
+            total += self._layer(tokens, sampled)
+            total += self._product(_Product(spec.hidden, -(-spec.vocab // tp), self._head_bits), sampled)
+        reduced = self._all_reduce(tokens)
+        count = 2 * self.stages[index] - 2 * last + (index == 0)  # the embedding is summed as well
+        total += Cost(all_reduce=count * reduced + (2 * self._all_reduce(sampled) if last else 0.0))
+        return total + Cost(overhead=self.hardware.step_overhead)
+
+    def _layer(self, tokens: int, rows: int) -> Cost:
+        """A layer but its attention: `tokens` rows of K and V, `rows` of everything else."""
+        spec, tp, bits = self.model.spec, self.layout.tp, self.model.weight_bits
+        heads, kv = -(-spec.heads // tp) * spec.head_dim, -(-spec.kv_heads // tp) * spec.head_dim
+        if rows == tokens:
+            total = self._product(_Product(spec.hidden, heads + 2 * kv, bits), tokens)
+        else:
+            total = self._product(_Product(spec.hidden, 2 * kv, bits), tokens)
+            total += self._product(_Product(spec.hidden, heads, bits), rows)
+        total += self._product(_Product(heads, spec.hidden, bits), rows)
+        total += self._feed_forward(rows)
+        width = 8 * spec.hidden + 3 * (heads + 2 * kv)
+        moved = rows * (width + 3 * -(-spec.ffn // tp)) * self._activation_bytes
+        overhead = _SMALL_OPERATORS * self.hardware.operator_overhead
+        return total + Cost(activations=moved / self.hardware.bandwidth, overhead=overhead)
+
+    def _feed_forward(self, rows: int) -> Cost:
+        spec, moe, tp = self.model.spec, self.model.moe, self.layout.tp
+        dense = self._two_products(-(-spec.ffn // tp), rows, 1.0)
+        if moe is None:
+            return dense
+        share = moe.sparse_layers / spec.layers
+        touched = moe.experts * (1.0 - (1.0 - moe.experts_per_token / moe.experts) ** rows)
+        sparse = self._two_products(-(-moe.expert_ffn // tp), rows, touched, moe.experts_per_token)
+        if moe.shared_ffn:
+            sparse += self._two_products(-(-moe.shared_ffn // tp), rows, 1.0)
+        return sparse.times(share) + dense.times(1.0 - share)
+
+    def _two_products(self, width: int, rows: int, read: float, per_token: int = 1) -> Cost:
+        """Gate and up in one, and down: `read` copies are read, each token passes `per_token` of them."""
+        hidden, bits = self.model.spec.hidden, self.model.weight_bits
+        return self._product(_Product(hidden, 2 * width, bits), rows, read, per_token) + self._product(
+            _Product(width, hidden, bits), rows, read, per_token
+        )
+
+    def _product(self, weight: _Product, rows: int, read: float = 1.0, per_token: int = 1) -> Cost:
+        hardware, elements = self.hardware, weight.depth * weight.columns
+        each = rows * per_token / read  # rows that one copy of the weight meets
+        rate = hardware.flops[self.dtype] * hardware.product(each)
+        arithmetic = 2.0 * rows * per_token * elements / rate
+        streaming = read * elements * weight.bits / 8 / hardware.bandwidth
+        if streaming >= arithmetic:
+            return Cost(weights=streaming, overhead=hardware.operator_overhead)
+        return Cost(arithmetic=arithmetic, overhead=hardware.operator_overhead)
+
+    def _attention(self, work: Work) -> float:
+        """One layer's."""
+        spec, hardware, tp = self.model.spec, self.hardware, self.layout.tp
+        seconds = hardware.operator_overhead
+        if work.pairs:
+            flops = 4.0 * -(-spec.heads // tp) * spec.head_dim * work.pairs
+            seconds += flops / (hardware.flops[self.dtype] * hardware.prefill_attention(work.longest))
+        if work.keys:
+            moved = 2.0 * -(-spec.kv_heads // tp) * spec.head_dim * work.keys * self.model.kv_bits / 8
+            seconds += moved / (hardware.bandwidth * hardware.decode_attention(work.keys))
+        return seconds
+
+    def _all_reduce(self, rows: int) -> float:
+        if self.layout.tp == 1:
+            return 0.0
+        return self.hardware.all_reduce[self.layout.tp](
+            rows * self.model.spec.hidden * self._activation_bytes
+        )

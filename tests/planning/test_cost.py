@@ -1,0 +1,112 @@
+"""The cost of Forwards, against arithmetic by hand and against what physics demands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from seesaw.core.layout import Layout
+from seesaw.core.moe import MoESpec
+from seesaw.planning.cost import Cost, LayoutCost, Work
+from tests.planning.machines import hardware, line, model
+
+LAYER = 1024 * 2048 + 1024 * 1024 + 3 * 1024 * 2816  # elements of a layer's matrices
+HEAD = 1024 * 32000
+
+
+def cost(layout: str, stages: list[int], **changes: object) -> LayoutCost:
+    return LayoutCost(model(), hardware(**changes), Layout.parse(layout), stages)
+
+
+def test_one_row_streams_the_weights() -> None:
+    found = cost("T1", [8]).stage(0, Work(tokens=1, sampled=1, keys=100.0))
+    assert found.weights == pytest.approx((8 * LAYER + HEAD) * 2 / 1e10)
+    assert found.arithmetic == found.all_reduce == 0.0
+    assert found.attention == pytest.approx(8 * 2 * 8 * 64 * 2 * 100 / 1e10)
+
+
+def test_many_rows_are_bound_by_arithmetic() -> None:
+    work = Work(tokens=4096, sampled=4096, pairs=1e6, longest=512)
+    found = cost("T1", [8]).stage(0, work)
+    assert found.arithmetic == pytest.approx(2 * 4096 * (8 * LAYER + HEAD) / 1e12)
+    assert found.attention == pytest.approx(8 * 4 * 16 * 64 * 1e6 / 1e12)
+    assert found.weights == 0.0
+
+
+def test_the_last_layer_and_the_head_run_on_sampled_rows() -> None:
+    few, all_rows = (
+        cost("T1", [8]).stage(0, Work(tokens=4096, sampled=sampled)).arithmetic for sampled in (256, 4096)
+    )
+    kept = 1024 * 1024  # K and V
+    assert all_rows - few == pytest.approx(2 * (4096 - 256) * (LAYER - kept + HEAD) / 1e12)
+
+
+def test_tensor_parallel_ranks_share_products_and_pay_for_sums() -> None:
+    alone = cost("T1", [8]).stage(0, Work(tokens=4096, sampled=4096))
+    shared = cost("T4", [8]).stage(0, Work(tokens=4096, sampled=4096))
+    assert shared.arithmetic == pytest.approx(alone.arithmetic / 4)
+    each = line(1e-5, 1e9 / 4)(4096 * 1024 * 2)
+    assert shared.all_reduce == pytest.approx((2 * 8 + 1) * each)
+    assert alone.all_reduce == 0.0
+
+
+def test_stages_share_layers() -> None:
+    work = Work(tokens=4096, sampled=4096, keys=50.0)
+    split = cost("P2", [5, 3])
+    whole = cost("T1", [8]).stage(0, work)
+    assert (split.stage(0, work) + split.stage(1, work)).seconds == pytest.approx(whole.seconds)
+    assert split.hand_over(4096) == pytest.approx(line(1e-5, 1e9)(4096 * 1024 * 2))
+
+
+def test_kv_heads_are_replicated_where_there_are_more_ranks() -> None:
+    work = Work(tokens=8, sampled=8, keys=1e5)
+    spec = {"kv_heads": 2}
+    layouts = [LayoutCost(model(**spec), hardware(), Layout.parse(t), [8]) for t in ("T1", "T2", "T4")]
+    one, two, four = (layout.stage(0, work).attention for layout in layouts)
+    assert two == pytest.approx(one / 2) and four == pytest.approx(two)
+
+
+def test_overheads_are_counted_by_operator_and_step() -> None:
+    free = cost("T1", [8]).stage(0, Work(tokens=1, sampled=1))
+    taxed = cost("T1", [8], operator_overhead=1e-6, step_overhead=1e-3).stage(0, Work(tokens=1, sampled=1))
+    assert free.overhead == 0.0
+    assert taxed.overhead == pytest.approx(1e-3 + 1e-6 * (8 * (4 + 5) + 1))
+    assert taxed.attention == pytest.approx(free.attention + 8e-6)
+
+
+def test_quantised_layers_stream_faster_but_not_the_head() -> None:
+    quantised = replace(model(), weight_bits=4.16)
+    found = LayoutCost(quantised, hardware(), Layout(), [8]).stage(0, Work(tokens=1, sampled=1))
+    assert found.weights == pytest.approx((8 * LAYER * 4.16 / 8 + HEAD * 2) / 1e10)
+
+
+def test_experts_are_read_as_far_as_tokens_touch_them() -> None:
+    moe = MoESpec(experts=64, experts_per_token=4, expert_ffn=512, sparse=tuple(range(8)))
+    sparse = LayoutCost(replace(model(), moe=moe), hardware(), Layout(), [8])
+    expert, attention = 3 * 1024 * 512, 1024 * 2048 + 1024 * 1024
+    one = sparse.stage(0, Work(tokens=1, sampled=1))
+    assert one.weights == pytest.approx((8 * (attention + 4 * expert) + HEAD) * 2 / 1e10)
+    many = sparse.stage(0, Work(tokens=1 << 16, sampled=1 << 16))
+    flops = 2 * (1 << 16) * (8 * (attention + 4 * expert) + HEAD)
+    assert many.arithmetic == pytest.approx(flops / 1e12)
+
+
+@pytest.mark.parametrize(
+    "work", [Work(tokens=16, sampled=16, keys=1e4), Work(tokens=900, sampled=2, pairs=1e5)]
+)
+def test_better_hardware_is_never_slower(work: Work) -> None:
+    base = cost("P2T2", [4, 4])
+    better = [
+        cost("P2T2", [4, 4], bandwidth=2e10),
+        cost("P2T2", [4, 4], flops={"bfloat16": 2e12}),
+        cost("P2T2", [4, 4], all_reduce={2: line(1e-6, 1e9)}),
+    ]
+    for other in better:
+        assert all(other.stage(s, work).seconds <= base.stage(s, work).seconds for s in (0, 1))
+    assert sum(other.stage(0, work).seconds < base.stage(0, work).seconds for other in better) >= 2
+
+
+def test_costs_add_up() -> None:
+    one = Cost(weights=1.0, attention=2.0, overhead=0.5)
+    assert (one + one).seconds == one.times(2.0).seconds == 7.0
