@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
@@ -56,6 +56,7 @@ BOXES = {  # name: (system in nccl.csv, link, whether ranks only ever slow it do
 }
 Row = dict[str, float]
 """The numbers of a row's shape, and `seconds`."""
+Size = Callable[[Row], float]
 Operators = dict[tuple[str, str, str], list[Row]]
 """By (gpu, op, dtype)."""
 Collectives = dict[tuple[str, str, int], list[tuple[float, float]]]
@@ -196,21 +197,33 @@ def decode_bytes(row: Row) -> float:
     return 4 * row["batch"] * row["ctx"] * row["kv_heads"] * row["head_dim"]
 
 
-def decode_tokens(row: Row) -> float:
-    """Read in all, rounded to a power of two: contexts are one less than one."""
-    return float(2 ** round(log(row["batch"] * row["ctx"], 2)))
+PREFILL_SIZES: dict[str, Size] = {
+    "flops of the batch": prefill_flops,
+    "flops of one sequence": lambda row: prefill_flops(row) / row["batch"],
+    "tokens of one sequence": lambda row: row["seq"],
+}
+"""What the share may go by: the catalogue takes the first, the others are for comparison."""
+DECODE_SIZES: dict[str, Size] = {
+    "bytes read": decode_bytes,
+    "tokens read": lambda row: row["batch"] * row["ctx"],
+}
 
 
-def fit_prefill(rows: Sequence[Row], peak: float, overhead: float) -> Curve:
-    """Share of the peak by tokens of the prompt."""
+def binned(size: float) -> float:
+    """The nearest power of two: contexts are one less than one."""
+    return float(2 ** round(log(size, 2)))
+
+
+def fit_prefill(rows: Sequence[Row], peak: float, overhead: float, size: Size = prefill_flops) -> Curve:
+    """Share of the peak by `size`."""
     samples: dict[float, list[float]] = defaultdict(list)
     for row in rows:
-        samples[row["seq"]].append(prefill_flops(row) / peak / (row["seconds"] - overhead))
+        samples[binned(size(row))].append(prefill_flops(row) / peak / (row["seconds"] - overhead))
     return median_curve(samples)
 
 
-def fit_decode(rows: Sequence[Row], fit: ProductFit, cache: float) -> Curve:
-    """Share of the products' bandwidth by tokens read.
+def fit_decode(rows: Sequence[Row], fit: ProductFit, cache: float, size: Size = decode_bytes) -> Curve:
+    """Share of the products' bandwidth by `size`.
 
     Measurements repeat, so what fits the L2 cache is read from there. In a model it is not: such rows count for no
     more than what is read from memory.
@@ -223,7 +236,7 @@ def fit_decode(rows: Sequence[Row], fit: ProductFit, cache: float) -> Curve:
     samples: dict[float, list[float]] = defaultdict(list)
     for row in rows:
         cached = decode_bytes(row) < cache
-        samples[decode_tokens(row)].append(min(share(row), ceiling) if cached else share(row))
+        samples[binned(size(row))].append(min(share(row), ceiling) if cached else share(row))
     return median_curve(samples)
 
 

@@ -6,8 +6,8 @@
 CALIBRATION is a folder with `ops.csv` (gpu, op, shape, dtype, tp, time_us, source, note), `nccl.csv` (system,
 op_name, num_gpus, bytes, time_us) and `tdpipe_L20_prefill_*.csv` (total tokens, milliseconds). The form is the
 planner's: a product of M rows takes `max(flops / (peak * share(M)), weight bytes / bandwidth) + overhead`, causal
-attention `flops / (peak * share(prompt)) + overhead` with half of the square of scores counted, decode attention
-`KV bytes / (bandwidth * share(tokens read)) + overhead`. Everything is fitted by medians and made monotone.
+attention `flops / (peak * share(flops)) + overhead` with half of the square of scores counted, decode attention
+`KV bytes / (bandwidth * share(KV bytes)) + overhead`. Everything is fitted by medians and made monotone.
 
 Errors are of fits to the even rows, judged on the odd ones; what is written is fitted to all rows.
 """
@@ -27,13 +27,16 @@ from catalogue_fits import (
     AIC,
     ATTENTION,
     BOXES,
+    DECODE_SIZES,
     GPUS,
+    PREFILL_SIZES,
     VIDUR,
     Collectives,
     Gpu,
     Operators,
     ProductFit,
     Row,
+    Size,
     decode_bytes,
     fit_decode,
     fit_overhead,
@@ -46,6 +49,7 @@ from catalogue_fits import (
     read_operators,
     sends,
 )
+from msgspec.structs import replace
 
 from seesaw.core.hardware import Curve, HardwareSpec
 
@@ -89,24 +93,55 @@ def judge_operators(operators: Operators) -> Errors:
 def judge_attention(name: str, gpu: Gpu, fit: ProductFit, operators: Operators) -> Errors:
     """The same for attention."""
     prefill, decode = (operators[gpu.rows, f"attention-{phase}", "16"] for phase in ("prefill", "decode"))
-    share = fit_prefill(prefill[::2], gpu.peak, fit.overhead)
-    reads = fit_decode(decode[::2], fit, gpu.cache)
-
-    def prefilled(row: Row) -> float:
-        return prefill_flops(row) / gpu.peak / share(row["seq"]) + fit.overhead
-
-    def decoded(row: Row) -> float:
-        return decode_bytes(row) / fit.bandwidth / reads(row["batch"] * row["ctx"]) + fit.overhead
-
-    long = [row for row in prefill[1::2] if row["seq"] >= 1024]
+    prefilled = prefill_seconds_of(prefill[::2], gpu, fit)
+    decoded = decode_seconds_of(decode[::2], gpu, fit)
     cached, uncached = (
         [r for r in decode[1::2] if (decode_bytes(r) < gpu.cache) == hit] for hit in (True, False)
     )
     return {
-        f"prefill attention, ≥ 1024 tokens | {name}": misses(long, prefilled),
+        f"prefill attention, ≥ 512 tokens | {name}": misses(prompts(prefill[1::2]), prefilled),
         f"decode attention, KV beyond the L2 cache | {name}": misses(uncached, decoded),
         f"decode attention, KV within it | {name}": misses(cached, decoded),
     }
+
+
+def prompts(rows: Sequence[Row]) -> list[Row]:
+    """Those long enough for attention to matter."""
+    return [row for row in rows if row["seq"] >= 512]
+
+
+def prefill_seconds_of(
+    rows: Sequence[Row], gpu: Gpu, fit: ProductFit, size: Size = prefill_flops
+) -> Callable[[Row], float]:
+    """What a curve by `size`, fitted to `rows`, predicts of a row."""
+    share = fit_prefill(rows, gpu.peak, fit.overhead, size)
+    return lambda row: prefill_flops(row) / gpu.peak / share(size(row)) + fit.overhead
+
+
+def decode_seconds_of(
+    rows: Sequence[Row], gpu: Gpu, fit: ProductFit, size: Size = decode_bytes
+) -> Callable[[Row], float]:
+    """The same of decode attention."""
+    share = fit_decode(rows, fit, gpu.cache, size)
+    return lambda row: decode_bytes(row) / fit.bandwidth / share(size(row)) + fit.overhead
+
+
+def judge_sizes(operators: Operators) -> Errors:
+    """Attention by what its share may go by, where it matters: fits to even rows on odd ones."""
+    errors: Errors = {}
+    overhead = fit_overhead(operators, every=2)
+    for name in ATTENTION:
+        gpu, fit = GPUS[name], fit_products(operators, name, overhead, every=2)
+        prefill, decode = (operators[gpu.rows, f"attention-{phase}", "16"] for phase in ("prefill", "decode"))
+        long = prompts(prefill[1::2])
+        uncached = [row for row in decode[1::2] if decode_bytes(row) >= gpu.cache]
+        for what, size in PREFILL_SIZES.items():
+            predicted = prefill_seconds_of(prefill[::2], gpu, fit, size)
+            errors[f"prefill, {what} | {name}"] = misses(long, predicted)
+        for what, size in DECODE_SIZES.items():
+            predicted = decode_seconds_of(decode[::2], gpu, fit, size)
+            errors[f"decode, {what} | {name}"] = misses(uncached, predicted)
+    return errors
 
 
 def judge_links(operators: Operators, collectives: Collectives) -> Errors:
@@ -131,6 +166,7 @@ def judge_elsewhere(operators: Operators, collectives: Collectives) -> Errors:
     for name, other in (("A100-SXM", "A100-80GB"), ("H100-SXM", "H100-80GB")):
         seconds = partial(fits[name].seconds, peak=GPUS[name].peak)
         errors[f"products, vidur's {other} | {name}"] = misses(operators[other, "gemm", "16"], seconds)
+    errors |= judge_other_attention(operators, fits["A100-SXM"])
     for name in ("L40S", "H100-SXM"):
         seconds = partial(fits[name].seconds, peak=2 * GPUS[name].peak, element=1)
         rows = operators[GPUS[name].rows, "gemm", "fp8"]
@@ -144,6 +180,24 @@ def judge_elsewhere(operators: Operators, collectives: Collectives) -> Errors:
             if row["bytes"] >= 1 << 20
         ]
     return errors
+
+
+def judge_other_attention(operators: Operators, fit: ProductFit) -> Errors:
+    """Attention of A100, fitted to all rows, against vidur's."""
+    gpu, other = GPUS["A100-SXM"], "A100-80GB"
+    own, others = (
+        {phase: operators[rows, f"attention-{phase}", "16"] for phase in ("prefill", "decode")}
+        for rows in (gpu.rows, other)
+    )
+    uncached = [row for row in others["decode"] if decode_bytes(row) >= gpu.cache]
+    return {
+        f"prefill attention, ≥ 512 tokens, vidur's {other} | A100-SXM": misses(
+            prompts(others["prefill"]), prefill_seconds_of(own["prefill"], gpu, fit)
+        ),
+        f"decode attention, KV beyond the L2 cache, vidur's {other} | A100-SXM": misses(
+            uncached, decode_seconds_of(own["decode"], gpu, fit)
+        ),
+    }
 
 
 def judge_whole_models(folder: Path, specs: dict[str, HardwareSpec]) -> Errors:
@@ -162,6 +216,44 @@ def judge_whole_models(folder: Path, specs: dict[str, HardwareSpec]) -> Errors:
     return errors
 
 
+def judge_stand_ins(operators: Operators) -> Errors:
+    """Attention of measured devices, composed as if only another one had been measured."""
+    from seesaw.planning.catalogue.compose import compose, link_named
+    from seesaw.planning.catalogue.data import devices
+
+    errors: Errors = {}
+    for name, entry, measured in (
+        ("A100-SXM", "A100-80G-SXM", "H100-SXM"),
+        ("H100-SXM", "H100-SXM", "H200"),
+        ("H200", "H200", "H100-SXM"),
+    ):
+        device = replace(devices()[entry], attention=measured)
+        spec = compose(device, 1, link_named(device.link), link_named(device.host_link), device.box)
+        prefill, decode = (
+            operators[GPUS[name].rows, f"attention-{phase}", "16"] for phase in ("prefill", "decode")
+        )
+        uncached = [row for row in decode if decode_bytes(row) >= GPUS[name].cache]
+        errors[f"prefill attention, ≥ 512 tokens, by {measured}'s curve | {name}"] = misses(
+            prompts(prefill), partial(composed_prefill, spec)
+        )
+        errors[f"decode attention, KV beyond the L2 cache, by {measured}'s curve | {name}"] = misses(
+            uncached, partial(composed_decode, spec)
+        )
+    return errors
+
+
+def composed_prefill(spec: HardwareSpec, row: Row) -> float:
+    """Prefill attention in the planner's form."""
+    flops = prefill_flops(row)
+    return flops / (spec.flops["bfloat16"] * spec.prefill_attention(flops)) + spec.operator_overhead
+
+
+def composed_decode(spec: HardwareSpec, row: Row) -> float:
+    """Decode attention in the planner's form."""
+    moved = decode_bytes(row)
+    return moved / (spec.bandwidth * spec.decode_attention(moved)) + spec.operator_overhead
+
+
 def prefill_seconds(spec: HardwareSpec, shape: tuple[int, ...], tokens: int) -> float:
     """One prompt through all layers: four products, attention and five small operators each."""
     layers, hidden, ffn, heads, kv_heads = shape
@@ -170,7 +262,8 @@ def prefill_seconds(spec: HardwareSpec, shape: tuple[int, ...], tokens: int) -> 
     products = ((width, hidden), (hidden, hidden), (2 * ffn, hidden), (hidden, ffn))
     peak = spec.flops["bfloat16"]
     seconds = sum(fit.seconds({"m": tokens, "n": n, "k": k}, peak) for n, k in products)
-    seconds += 2 * tokens**2 * hidden / (peak * spec.prefill_attention(tokens)) + 6 * spec.operator_overhead
+    flops = 2 * tokens**2 * hidden
+    seconds += flops / (peak * spec.prefill_attention(flops)) + 6 * spec.operator_overhead
     seconds += 2 * tokens * (8 * hidden + 3 * width + 3 * ffn) / spec.bandwidth
     return layers * seconds + spec.step_overhead
 
@@ -216,7 +309,8 @@ def curves(operators: Operators, collectives: Collectives) -> dict[str, Any]:
         if row["batch"] == 32
     ]
     overhead = fit_overhead(operators)
-    products, attention = {}, {}
+    products: dict[str, dict[str, Any]] = {}
+    attention: dict[str, dict[str, Any]] = {}
     for name, gpu in GPUS.items():
         fit = fit_products(operators, name, overhead)
         products[name] = {
@@ -231,6 +325,8 @@ def curves(operators: Operators, collectives: Collectives) -> dict[str, Any]:
             )
             attention[name] = {
                 "peak_ratio": round(gpu.peak / gpu.float32, 3),
+                "float32": gpu.float32 / 1e12,
+                "bandwidth": round(gpu.bandwidth / 1e9 * products[name]["bandwidth_share"], 3),
                 "prefill": as_json(fit_prefill(prefill, gpu.peak, fit.overhead)),
                 "decode": as_json(fit_decode(decode, fit, gpu.cache)),
                 "source": gpu.source,
@@ -253,6 +349,15 @@ def error_table(errors: Errors) -> str:
         ordered = sorted(values)
         high = ordered[int(0.9 * (len(ordered) - 1))]
         lines.append(f"| {what} | {device} | {len(values)} | {median(ordered):.0%} | {high:.0%} |")
+    return "\n".join(lines)
+
+
+def size_table(errors: Errors) -> str:
+    """Medians by size and device, as Markdown."""
+    lines = [f"| share goes by | {' | '.join(ATTENTION)} |", "|---" * (1 + len(ATTENTION)) + "|"]
+    for what in dict.fromkeys(key.split(" | ")[0] for key in errors):
+        medians = (f"{median(errors[f'{what} | {name}']):.0%}" for name in ATTENTION)
+        lines.append(f"| {what} | {' | '.join(medians)} |")
     return "\n".join(lines)
 
 
@@ -307,15 +412,17 @@ def main() -> None:
     args = parser.parse_args()
     operators, collectives = read_operators(args.calibration), read_collectives(args.calibration)
     held_out = error_table(judge_operators(operators) | judge_links(operators, collectives))
+    sizes = size_table(judge_sizes(operators))
     if args.dry_run:
-        print(held_out, error_table(judge_elsewhere(operators, collectives)), sep="\n\n")
+        print(held_out, sizes, error_table(judge_elsewhere(operators, collectives)), sep="\n\n")
         return
     CURVES.write_text(json.dumps(curves(operators, collectives), indent=1) + "\n")
     from seesaw.planning.catalogue import hardware, names  # reads what has just been written
     from seesaw.planning.catalogue.data import devices
 
     specs = {name: hardware(f"8x{name}") for name in names()}
-    elsewhere = judge_elsewhere(operators, collectives) | judge_whole_models(args.calibration, specs)
+    elsewhere = judge_elsewhere(operators, collectives) | judge_stand_ins(operators)
+    elsewhere |= judge_whole_models(args.calibration, specs)
     nodes = (
         "L4",
         "L4@pcie4x8",
@@ -330,6 +437,7 @@ def main() -> None:
         "devices": device_table(specs, devices()),
         "links": link_table({name: hardware(f"8x{name}") for name in nodes}),
         "held-out": held_out,
+        "sizes": sizes,
         "elsewhere": error_table(elsewhere),
     }
     for name, table in tables.items():

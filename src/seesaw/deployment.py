@@ -19,16 +19,12 @@ from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec
 from seesaw.core.node import Place, load_node
 from seesaw.core.units import parse_bytes
 from seesaw.models.hf_config import load_spec
-from seesaw.planning.memory import MemoryBudget, MemoryPlan, TransitionMode, plan_memory
-from seesaw.scheduling.config import PolicyName, SchedulerConfig
-from seesaw.weights.sharding import Sharding, assign_ranks, check_layout, make_sharding
-from seesaw.weights.stages import head_weight_in_layers, prefill_head_weight
+from seesaw.planning.memory import MemoryPlan, TransitionMode
+from seesaw.planning.setup import Limits, Setup, set_up
+from seesaw.scheduling.config import SchedulerConfig
+from seesaw.weights.sharding import Sharding, check_layout
 
 logger = logging.getLogger(__name__)
-
-_TOKENS_IN_FLIGHT = 2048
-_LEAST_CHUNK = 256
-"""Fewer rows than this make matrix products slower."""
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
@@ -74,17 +70,43 @@ class Deployment:
     """A checked plan: what `launch.start_local` starts and the scheduler drives."""
 
     options: Options
-    spec: ModelSpec
-    plan: Plan
-    shardings: tuple[Sharding, Sharding]
-    dtype: DType
+    setup: Setup
     dummy: bool
+    """Whether weights are random."""
     device_memory: int
     host_kv: int
-    memory: MemoryPlan
-    scheduler: SchedulerConfig
     places: tuple[Place, ...]
     """Where each rank runs."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape."""
+        return self.setup.spec
+
+    @property
+    def plan(self) -> Plan:
+        """The layouts."""
+        return self.setup.plan
+
+    @property
+    def dtype(self) -> DType:
+        """Of weights, KV and computation."""
+        return self.setup.dtype
+
+    @property
+    def shardings(self) -> tuple[Sharding, Sharding]:
+        """(prefill, decode)."""
+        return self.setup.shardings
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """What is allocated."""
+        return self.setup.memory
+
+    @property
+    def scheduler(self) -> SchedulerConfig:
+        """Its settings."""
+        return self.setup.scheduler
 
 
 def resolve(options: Options) -> Deployment:
@@ -95,53 +117,30 @@ def resolve(options: Options) -> Deployment:
     if not dummy:
         _check_weights(options.model, spec)
     plan = _choose_plan(options, spec)
-    places = _places(options, plan)
-    shardings = _shardings(spec, plan)
     dtype = _choose_dtype(options, spec)
     device_memory, host_kv = _budgets(options, plan)
-    chunk = options.chunk or max(_TOKENS_IN_FLIGHT // plan.prefill.pp, _LEAST_CHUNK)
-    memory = plan_memory(
-        spec,
-        shardings,
-        dtype,
-        MemoryBudget(
-            device=device_memory,
-            host_kv=host_kv,
-            block_size=options.block_size,
-            max_batch_tokens=chunk,
-            max_running=options.max_running,
-            max_model_len=options.max_model_len,
-            two_phases=plan.separate,
-            mode=None if options.transition == "auto" else cast(TransitionMode, options.transition),
-        ),
-    )
-    if options.max_model_len is None and memory.max_model_len < spec.max_position:
-        logger.info("max_model_len is %d, what the memory budgets leave room for", memory.max_model_len)
-    policy = options.policy or ("seesaw" if plan.separate else "chunked")
-    scheduler = SchedulerConfig(
-        plan=plan,
-        policy=cast(PolicyName, policy),
-        block_size=options.block_size,
-        device_blocks=memory.device_blocks,
-        host_blocks=memory.host_blocks,
-        max_model_len=memory.max_model_len,
-        max_batch_tokens=chunk,
+    limits = Limits(
+        device_memory=device_memory,
+        host_kv=host_kv,
+        policy=options.policy,
+        chunk=options.chunk,
         max_running=options.max_running,
+        block_size=options.block_size,
+        max_model_len=options.max_model_len,
+        transition=None if options.transition == "auto" else cast(TransitionMode, options.transition),
         overlap=options.overlap,
         seed=options.seed,
     )
+    setup = set_up(spec, plan, dtype, limits)
+    if options.max_model_len is None and setup.memory.max_model_len < spec.max_position:
+        logger.info("max_model_len is %d, what the memory budgets leave room for", setup.memory.max_model_len)
     return Deployment(
         options=options,
-        spec=spec,
-        plan=plan,
-        shardings=shardings,
-        dtype=dtype,
+        setup=setup,
         dummy=dummy,
         device_memory=device_memory,
         host_kv=host_kv,
-        memory=memory,
-        scheduler=scheduler,
-        places=places,
+        places=_places(options, plan),
     )
 
 
@@ -217,18 +216,6 @@ def _places(options: Options, plan: Plan) -> tuple[Place, ...]:
 def _cores(rank: int, threads: int, cores: list[int]) -> list[int]:
     """Neighbouring cores for each rank; ranks share cores in turn when there are too few."""
     return sorted({cores[(rank * threads + i) % len(cores)] for i in range(threads)})
-
-
-def _shardings(spec: ModelSpec, plan: Plan) -> tuple[Sharding, Sharding]:
-    """Stages balanced for what each phase does: the LM head runs on one token of a prompt, but at every step
-    of decode. Ranks take the places that move least."""
-    head = head_weight_in_layers(spec)
-    if not plan.reshards:
-        both = make_sharding(spec, plan.prefill, head_weight=head)
-        return both, both
-    prefill = make_sharding(spec, plan.prefill, head_weight=prefill_head_weight(spec))
-    decode = make_sharding(spec, plan.decode, head_weight=head)
-    return prefill, assign_ranks(spec, prefill, decode)
 
 
 def _choose_dtype(options: Options, spec: ModelSpec) -> DType:

@@ -211,12 +211,21 @@ ALL_REDUCES = [  # device, ranks, bytes, microseconds
 DECODES = [  # device, sequences, keys each, KV heads of 128, microseconds
     ("L40S", 16, 8191, 8, 759.232),
     ("L40S", 128, 2047, 2, 375.84),
+    ("A100-80G-SXM", 16, 8191, 8, 346.645),
+    ("A100-80G-SXM", 64, 1023, 2, 71.904),
+    ("H100-SXM", 128, 2047, 8, 355.264),
+    ("H100-SXM", 64, 1023, 8, 103.355),
+    ("H200", 128, 2047, 2, 78.949),
 ]
 """aiconfigurator 095f58a, vLLM 0.14, beyond the L2 cache."""
 
 PREFILLS = [  # device, prompts, tokens each, heads of 128, microseconds
     ("L40S", 1, 8192, 64, 6244.912),
     ("L40S", 4, 2048, 32, 855.307),
+    ("A100-80G-SXM", 4, 2048, 64, 1803.883),
+    ("A100-80G-SXM", 1, 1024, 8, 44.203),
+    ("H100-SXM", 1, 8192, 64, 1851.856),
+    ("H200", 1, 8192, 32, 1016.928),
 ]
 
 
@@ -238,13 +247,40 @@ def test_all_reduces_are_as_measured() -> None:
 
 def test_attention_is_as_measured() -> None:
     for device, batch, keys, heads, microseconds in DECODES:
-        spec, moved = hardware(device), 4 * batch * keys * heads * 128
-        seconds = moved / (spec.bandwidth * spec.decode_attention(batch * keys)) + spec.operator_overhead
+        seconds = decode_seconds(hardware(device), 4 * batch * keys * heads * 128)
         assert seconds * 1e6 == pytest.approx(microseconds, rel=0.11)
     for device, batch, tokens, heads, microseconds in PREFILLS:
-        spec, flops = hardware(device), 2 * batch * tokens**2 * heads * 128
-        peak = spec.flops["bfloat16"] * spec.prefill_attention(tokens)
-        assert (flops / peak + spec.operator_overhead) * 1e6 == pytest.approx(microseconds, rel=0.25)
+        seconds = prefill_seconds(hardware(device), 2 * batch * tokens**2 * heads * 128)
+        assert seconds * 1e6 == pytest.approx(microseconds, rel=0.15)
+
+
+def decode_seconds(spec: HardwareSpec, moved: float) -> float:
+    return moved / (spec.bandwidth * spec.decode_attention(moved)) + spec.operator_overhead
+
+
+def prefill_seconds(spec: HardwareSpec, flops: float) -> float:
+    peak = spec.flops["bfloat16"] * spec.prefill_attention(flops)
+    return flops / peak + spec.operator_overhead
+
+
+def test_a_smaller_device_is_full_with_less_work() -> None:
+    large, small = hardware("H100-SXM"), hardware("H100-PCIe")
+    slower = small.bandwidth / large.bandwidth
+    for moved in (1e5, 1e7, 1e8):
+        assert small.decode_attention(moved) > large.decode_attention(moved)
+        assert decode_seconds(small, slower * moved) == pytest.approx(decode_seconds(large, moved))
+    fewer = small.flops["float32"] / large.flops["float32"]
+    for flops in (1e8, 1e9, 1e10):
+        assert small.prefill_attention(flops) > large.prefill_attention(flops)
+        assert prefill_seconds(small, fewer * flops) == pytest.approx(prefill_seconds(large, flops), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["L40S", "A100-80G-SXM", "H100-SXM", "H200"])
+def test_attention_of_measured_devices_is_as_fitted(name: str) -> None:
+    spec, fit = hardware(name), fits().attention[devices()[name].attention]
+    for found, fitted in ((spec.decode_attention, fit.decode), (spec.prefill_attention, fit.prefill)):
+        assert found.sizes == pytest.approx(fitted.sizes)
+        assert found.values == pytest.approx(fitted.values, rel=0.001)
 
 
 def test_power_limits_cap_large_products_only() -> None:
@@ -252,7 +288,8 @@ def test_power_limits_cap_large_products_only() -> None:
     assert large_products("L4") == pytest.approx(57e12)
     assert large_products("RTX-4090") == pytest.approx(159e12)
     assert small.product(512) <= fitted.product(512)
-    assert small.prefill_attention(512) == pytest.approx(fitted.prefill_attention(512), rel=0.05)
+    fewer = small.flops["float32"] / fitted.flops["float32"]
+    assert small.prefill_attention(fewer * 1e10) == pytest.approx(fitted.prefill_attention(1e10), rel=0.05)
 
 
 def test_a_curve_needs_positive_rising_sizes() -> None:

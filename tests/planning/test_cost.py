@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from seesaw.core.hardware import Curve
 from seesaw.core.layout import Layout
 from seesaw.core.moe import MoESpec
 from seesaw.planning.cost import Cost, LayoutCost, Work
@@ -27,7 +28,7 @@ def test_one_row_streams_the_weights() -> None:
 
 
 def test_many_rows_are_bound_by_arithmetic() -> None:
-    work = Work(tokens=4096, sampled=4096, pairs=1e6, longest=512)
+    work = Work(tokens=4096, sampled=4096, pairs=1e6)
     found = cost("T1", [8]).stage(0, work)
     assert found.arithmetic == pytest.approx(2 * 4096 * (8 * LAYER + HEAD) / 1e12)
     assert found.attention == pytest.approx(8 * 4 * 16 * 64 * 1e6 / 1e12)
@@ -65,6 +66,53 @@ def test_kv_heads_are_replicated_where_there_are_more_ranks() -> None:
     layouts = [LayoutCost(model(**spec), hardware(), Layout.parse(t), [8]) for t in ("T1", "T2", "T4")]
     one, two, four = (layout.stage(0, work).attention for layout in layouts)
     assert two == pytest.approx(one / 2) and four == pytest.approx(two)
+
+
+def test_attention_goes_by_the_work_of_one_rank() -> None:
+    flops, moved = 4 * 16 * 64 * 1e6, 2 * 8 * 64 * 2 * 1e5  # of a whole layer
+    curves = {
+        "prefill_attention": Curve((flops / 4, flops), (0.25, 0.5)),
+        "decode_attention": Curve((moved / 4, moved), (0.2, 0.8)),
+    }
+    for layout, ranks, prefill, decode in (("T1", 1, 0.5, 0.8), ("T4", 4, 0.25, 0.2)):
+        found = cost(layout, [8], **curves)
+        prompts = found.stage(0, Work(tokens=4096, sampled=8, pairs=1e6)).attention
+        steps = found.stage(0, Work(tokens=64, sampled=64, keys=1e5)).attention
+        assert prompts == pytest.approx(8 * flops / ranks / (1e12 * prefill))
+        assert steps == pytest.approx(8 * moved / ranks / (1e10 * decode))
+    halved = LayoutCost(replace(model(), kv_bits=8), hardware(**curves), Layout(), [8])
+    share = curves["decode_attention"](moved / 2)
+    assert halved.stage(0, Work(tokens=64, sampled=64, keys=1e5)).attention == pytest.approx(
+        8 * moved / 2 / (1e10 * share)
+    )
+
+
+RISING = Curve((64.0, 1024.0), (0.25, 1.0), extends=True)
+CHUNK = Work(tokens=512, sampled=0, pairs=1e5)
+
+
+def test_a_chunk_that_ends_no_prompt_pays_for_nothing_sampled() -> None:
+    curves = {"product": RISING, "prefill_attention": RISING, "decode_attention": RISING}
+    found = cost("P2T4", [4, 4], operator_overhead=1e-6, **curves)
+    chunk = found.stage(1, CHUNK)
+    layer, keys_values = LAYER / 4, 1024 * 1024 / 4
+    assert chunk.weights + chunk.arithmetic == pytest.approx(
+        2 * 512 * (3 * layer + keys_values) / (1e12 * RISING(512))
+    )
+    assert chunk.all_reduce == pytest.approx(2 * 3 * line(1e-5, 1e9 / 4)(512 * 1024 * 2))
+    assert chunk.overhead == pytest.approx(1e-6 * (3 * (4 + 5) + 1 + 3))
+    flops = 4 * 4 * 64 * 1e5
+    assert chunk.attention == pytest.approx(3 * (1e-6 + flops / (1e12 * RISING(flops))))
+    assert chunk.seconds < found.stage(1, replace(CHUNK, sampled=1)).seconds
+    assert found.stage(0, CHUNK) == found.stage(0, replace(CHUNK, sampled=1))
+
+
+def test_a_chunk_that_samples_nothing_touches_no_expert_of_the_last_layer() -> None:
+    moe = MoESpec(experts=64, experts_per_token=4, expert_ffn=512, sparse=tuple(range(8)))
+    sparse = LayoutCost(replace(model(), moe=moe), hardware(product=RISING), Layout(), [8])
+    found, layer = sparse.stage(0, CHUNK), sparse._layer(512, 512)
+    kept = 2 * 512 * 1024 * 1024 / (1e12 * RISING(512))
+    assert found.weights + found.arithmetic == pytest.approx(7 * (layer.weights + layer.arithmetic) + kept)
 
 
 def test_overheads_are_counted_by_operator_and_step() -> None:

@@ -43,7 +43,7 @@ def executor(plan: str = "P2->T2", **changes: Any) -> SimulatedExecutor:
         for layout in (parsed.prefill, parsed.decode)
     )
     ranks = tuple(
-        [list(range(s * layout.tp, (s + 1) * layout.tp)) for s in range(layout.pp)]
+        [[list(range(s * layout.tp, (s + 1) * layout.tp)) for s in range(layout.pp)]]
         for layout in (parsed.prefill, parsed.decode)
     )
     return SimulatedExecutor(costs, ranks, MOVES)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def stage_seconds(found: SimulatedExecutor, forward: Forward) -> list[float]:
 def test_work_tells_prompts_from_steps() -> None:
     mixed = prompt(1, 0, counts=[1, 3], starts=[9, 4], tokens=[1] * 4, sampled=[0, 1])
     work = work_of(mixed)
-    assert (work.tokens, work.sampled, work.longest) == (4, 2, 3)
+    assert (work.tokens, work.sampled) == (4, 2)
     assert (work.keys, work.pairs) == (10.0, 3 * 4 + 6.0)
     step = prompt(2, 0, counts=[1, 1], starts=[9, 4], tokens=[1, 1], sampled=[0, 1])
     assert work_of(step).keys == 15.0 and work_of(step).pairs == 0.0

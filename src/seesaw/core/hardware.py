@@ -60,9 +60,13 @@ class HardwareSpec(msgspec.Struct, frozen=True, kw_only=True):
     product: Curve
     """Share of `flops` that a product reaches where arithmetic bounds it, by number of rows."""
     prefill_attention: Curve
-    """Share of `flops` that causal attention reaches, by tokens of the prompt."""
+    """Share of `flops` that causal attention reaches, by flops of one layer's attention on one rank.
+
+    These are 4 x heads of the rank x head_dim x (query, key) pairs, of all sequences of the batch together: that
+    explains measurements better than the flops or the tokens of one sequence.
+    """
     decode_attention: Curve
-    """Share of `bandwidth` at which decode attention reads KV, by tokens read in all (batch x context)."""
+    """Share of `bandwidth` at which decode attention reads KV, by bytes of K and V read in one layer by one rank."""
     operator_overhead: float
     """Seconds that each operator costs beside its work."""
     step_overhead: float

@@ -19,6 +19,8 @@ from seesaw.planning.shapes import PlannedModel
 
 _SMALL_OPERATORS = 5
 """Of a layer, beside products and attention: two norms with their residuals, rotation, SwiGLU, writing KV."""
+_SMALL_OPERATORS_OF_KV = 3
+"""Of them, those that a last layer without sampled rows still runs: a norm, rotation, writing KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,6 @@ class Work:
     """Sequences of which the next token is sampled."""
     pairs: float = 0.0
     """(query, key) pairs of the sequences that feed more than one token."""
-    longest: int = 1
-    """Most tokens that one sequence feeds."""
     keys: float = 0.0
     """Keys read by the sequences that feed one token."""
 
@@ -93,7 +93,8 @@ class LayoutCost:
         fixed = self._rows.get(key)
         if fixed is None:
             fixed = self._rows[key] = self._by_rows(*key)
-        return fixed + Cost(attention=self.stages[index] * self._attention(work))
+        layers = self.stages[index] - (self._is_last(index) and not work.sampled)
+        return fixed + Cost(attention=layers * self._attention(work))
 
     def hand_over(self, tokens: int) -> float:
         """Seconds from one stage's end of a Forward until the next one has its activations."""
@@ -110,13 +111,16 @@ class LayoutCost:
     def _activation_bytes(self) -> int:
         return 4 if self.dtype == "float32" else 2
 
+    def _is_last(self, index: int) -> bool:
+        return index == self.layout.pp - 1
+
     def _by_rows(self, index: int, tokens: int, sampled: int) -> Cost:
-        spec, tp = self.model.spec, self.layout.tp
-        last = index == self.layout.pp - 1
+        spec, tp, last = self.model.spec, self.layout.tp, self._is_last(index)
         layer = self._layer(tokens, tokens)
         total = layer.times(self.stages[index] - last)
         if last:  # the last layer computes keys and values for all tokens, the rest for the sampled ones
             total += self._layer(tokens, sampled)
+        if last and sampled:
             total += self._product(_Product(spec.hidden, -(-spec.vocab // tp), self._head_bits), sampled)
         reduced = self._all_reduce(tokens)
         count = 2 * self.stages[index] - 2 * last + (index == 0)  # the embedding is summed as well
@@ -127,6 +131,9 @@ class LayoutCost:
         """A layer but its attention: `tokens` rows of K and V, `rows` of everything else."""
         spec, tp, bits = self.model.spec, self.layout.tp, self.model.weight_bits
         heads, kv = -(-spec.heads // tp) * spec.head_dim, -(-spec.kv_heads // tp) * spec.head_dim
+        if not rows:
+            overhead = _SMALL_OPERATORS_OF_KV * self.hardware.operator_overhead
+            return self._product(_Product(spec.hidden, 2 * kv, bits), tokens) + Cost(overhead=overhead)
         if rows == tokens:
             total = self._product(_Product(spec.hidden, heads + 2 * kv, bits), tokens)
         else:
@@ -174,14 +181,14 @@ class LayoutCost:
         seconds = hardware.operator_overhead
         if work.pairs:
             flops = 4.0 * -(-spec.heads // tp) * spec.head_dim * work.pairs
-            seconds += flops / (hardware.flops[self.dtype] * hardware.prefill_attention(work.longest))
+            seconds += flops / (hardware.flops[self.dtype] * hardware.prefill_attention(flops))
         if work.keys:
             moved = 2.0 * -(-spec.kv_heads // tp) * spec.head_dim * work.keys * self.model.kv_bits / 8
-            seconds += moved / (hardware.bandwidth * hardware.decode_attention(work.keys))
+            seconds += moved / (hardware.bandwidth * hardware.decode_attention(moved))
         return seconds
 
     def _all_reduce(self, rows: int) -> float:
-        if self.layout.tp == 1:
+        if self.layout.tp == 1 or not rows:
             return 0.0
         return self.hardware.all_reduce[self.layout.tp](
             rows * self.model.spec.hidden * self._activation_bytes

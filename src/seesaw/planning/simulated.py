@@ -25,6 +25,8 @@ from seesaw.core.actions import (
 )
 from seesaw.planning.cost import Cost, LayoutCost, Work
 
+StageRanks = Sequence[Sequence[Sequence[int]]]
+"""Ranks by replica and stage."""
 TOKEN = 0
 """What every simulated sequence says."""
 
@@ -64,18 +66,18 @@ class Spent:
 
 
 class SimulatedExecutor:
-    """See `execution.base.Executor`. `costs` and `ranks` are (prefill, decode); `ranks[p][stage]` of replica 0."""
+    """See `execution.base.Executor`. `costs` and `ranks` are (prefill, decode)."""
 
     def __init__(
         self,
         costs: tuple[LayoutCost, LayoutCost],
-        stage_ranks: tuple[Sequence[Sequence[int]], ...],
+        ranks: tuple[StageRanks, StageRanks],
         moves: Moves,
     ) -> None:
         self.now = 0.0
         self.spent: tuple[Spent, Spent] = (Spent(), Spent())
         self._costs, self._moves = costs, moves
-        self._stage_ranks = stage_ranks
+        self._ranks = ranks
         self._phase = 0
         self._replicas = self._fresh([0.0] * len(costs[0].stages))
         self._sampled: dict[int, float] = {}
@@ -152,21 +154,19 @@ class SimulatedExecutor:
 
     def _transition(self, action: Transition) -> None:
         """Each rank changes over when its stage is through with what came before."""
-        free: dict[int, float] = {}
-        size = self._costs[self._phase].layout.replica_ranks
-        for number, replica in enumerate(self._replicas):
-            for stage, ranks in enumerate(self._stage_ranks[self._phase]):
-                free |= {rank + number * size: max(replica.stages[stage], self.now) for rank in ranks}
+        free = {
+            rank: max(at, self.now)
+            for replica, of_replica in zip(self._replicas, self._ranks[self._phase], strict=True)
+            for at, of_stage in zip(replica.stages, of_replica, strict=True)
+            for rank in of_stage
+        }
         seconds = self._moves.transition_seconds[action.target]
         done = {rank: at + seconds[rank] for rank, at in free.items()}
-        started, self._phase = min(free.values()), action.target
-        size = self._costs[self._phase].layout.replica_ranks
-        drained = max(max(replica.out, replica.into) for replica in self._replicas)
+        started, drained = min(free.values()), max(max(r.out, r.into) for r in self._replicas)
+        self._phase = action.target
         self._replicas = []
-        for number in range(self._costs[self._phase].layout.dp):
-            stages = [
-                max(done[rank + number * size] for rank in ranks) for ranks in self._stage_ranks[self._phase]
-            ]
+        for of_replica in self._ranks[self._phase]:
+            stages = [max(done[rank] for rank in of_stage) for of_stage in of_replica]
             self._replicas.append(_Replica(stages, drained, max(drained, *stages)))
         end = max(done.values())
         moved = self._moves.transition_bytes[action.target]
@@ -194,4 +194,4 @@ def work_of(action: Forward) -> Work:
             totals["keys"] += start + 1
         else:
             totals["pairs"] += count * start + count * (count + 1) / 2
-    return Work(tokens=sum(action.counts), sampled=sampled, longest=max(action.counts), **totals)
+    return Work(tokens=sum(action.counts), sampled=sampled, **totals)

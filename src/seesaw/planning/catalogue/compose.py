@@ -36,11 +36,11 @@ def compose(device: Device, ranks: int, link: Link, host_link: Link, box_name: s
         bandwidth=bandwidth,
         product=_product_shares(products.share, sustained),
         prefill_attention=_attention_shares(
-            attention.prefill,
+            _resized(attention.prefill, device.tflops["float32"] / attention.float32),
             device.tflops["bfloat16"] / device.tflops["float32"] / attention.peak_ratio,
             sustained,
         ),
-        decode_attention=attention.decode,
+        decode_attention=_resized(attention.decode, bandwidth / (attention.bandwidth * 1e9)),
         operator_overhead=products.operator_overhead,
         step_overhead=fits().step_overhead,
         all_reduce={n: _all_reduce(box, n, _slowness(box, link)) for n in range(2, ranks + 1)},
@@ -73,6 +73,14 @@ def _attention_shares(share: Curve, ratio: float, sustained: float | None) -> Cu
     take 1 / `ratio` of the time. No share exceeds what plain products sustain.
     """
     return _mapped(share, lambda value: min(1 / (1 + (1 / value - 1) * ratio), sustained or 1.0))
+
+
+def _resized(share: Curve, scale: float) -> Curve:
+    """`share`, for a device `scale` times as large or as fast: it takes as much more work to fill it.
+
+    So what keeps small sizes from the full rate, such as latency, takes as long as on the fitted device.
+    """
+    return msgspec.structs.replace(share, sizes=tuple(size * scale for size in share.sizes))
 
 
 def _slowness(box: Box, link: Link) -> float:

@@ -74,10 +74,14 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     peak_ratio: float
     """Of the bfloat16 to the float32 peak: how much softmax weighs beside the products."""
+    float32: float
+    """TFLOP/s, published."""
+    bandwidth: float
+    """GB/s that products stream at."""
     prefill: Curve
-    """Share of the bfloat16 peak, by tokens of the prompt."""
+    """Share of the bfloat16 peak, by flops of one layer's attention over the whole batch."""
     decode: Curve
-    """Share of the bandwidth that products stream at, by tokens read."""
+    """Share of `bandwidth`, by bytes of K and V read in one layer."""
     source: str
 
 
