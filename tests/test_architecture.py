@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "ops": {"core", "native"},
     "transport": {"core", "native"},
     "models": {"core", "ops"},
-    "weights": {"core", "models"},
+    "weights": {"core", "models", "native"},
     "planning": {"core", "scheduling", "models", "weights"},
     "kv": {"core", "native"},
     "attention": {"core", "native"},

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from seesaw.core.model_spec import DType, ModelSpec
+from seesaw.weights.copies import copy_box
 from seesaw.weights.sharding import (
     CopyList,
     Mode,
-    Region,
     Sharding,
     TensorChange,
     copy_list,
@@ -159,20 +159,11 @@ class RankWeights:
             return held[change.source.name]
         target = self.ledger.allocate(change.tensor.shape, TORCH_DTYPES[self._dtype], self._device)
         for keep in change.keep:
-            _copy(held[keep.source], keep.origin, target, keep.target)
+            copy_box(held[keep.source], keep.origin, target, keep.target)
         for fetch in change.fetch:
-            _copy(self._store.tensor(fetch.parameter), fetch.origin, target, fetch.target)
+            copy_box(self._store.tensor(fetch.parameter), fetch.origin, target, fetch.target)
         return target
 
     def _synchronize(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
-
-
-def _copy(source: Tensor, origin: Region, target: Tensor, place: Region) -> None:
-    """Copy a box between tensors, converting the element type on the way."""
-    target[_slices(place)].copy_(source[_slices(origin)], non_blocking=True)
-
-
-def _slices(region: Region) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in region)
