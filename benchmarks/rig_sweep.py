@@ -79,7 +79,14 @@ def run(args: argparse.Namespace, link: str) -> dict[str, Any] | None:
         ]
         command = [sys.executable, *rig, "--", sys.executable, "-m", "seesaw", "bench", *args.bench]
         subprocess.run([*command, "--json", str(path)], cwd=ROOT, check=False)
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        return {**json.loads(path.read_text()), "command": repeat()}
+
+
+def repeat() -> str:
+    """The command that was given."""
+    return shlex.join(["python", *sys.argv])
 
 
 def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> str:
@@ -89,9 +96,10 @@ def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"# {args.record or 'rig sweep'}: {first['shape']} on {args.ranks} ranks, {first['date']}",
         "",
+        *([first["note"], ""] if first.get("note") else []),
         "Repeat with",
         "",
-        f"    {shlex.join(['python', *sys.argv])}",
+        f"    {repeat()}",
         "",
         *table(["", ""], [[key, str(value)] for key, value in facts.items()]),
         "",
