@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -84,12 +85,15 @@ def test_interrupt_leaves_nothing(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-def test_a_killed_worker_is_named(checkpoint: Path, transport: str) -> None:
+def test_a_killed_worker_is_named(checkpoint: Path, transport: str, tmp_path: Path) -> None:
     """Its neighbours fail over broken connections: that is not the cause."""
+    places = [{"address": f"127.0.0.{rank + 1}"} if transport == "tcp" else {} for rank in range(2)]
+    node = tmp_path / "node.json"
+    node.write_text(json.dumps({"ranks": places}))
     params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
     before = {p.pid for p in workers_of(os.getpid())}
     memory = {"device_memory": "16MiB", "host_kv": "1MiB"}
-    with LLM(checkpoint, plan="T2", dtype="float32", transport=transport, **memory) as llm:
+    with LLM(checkpoint, plan="T2", dtype="float32", transport=transport, node=str(node), **memory) as llm:
         workers = sorted((p for p in workers_of(os.getpid()) if p.pid not in before), key=lambda p: p.pid)
 
         def prompts() -> list[dict[str, list[int]]]:
