@@ -16,6 +16,7 @@ TINY = ["bench", "--shape", "tiny", "--dtype", "float32"]
 def test_a_bench_of_the_real_engine(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = ["--workload", "4x16->4", "--plans", "T1", "--rounds", "2", "--no-floor", "--json", str(out)]
+    options += ["--profile", "--logs", str(tmp_path / "logs")]
     record = ["--record", "first", "--results", str(tmp_path / "results")]
     result = CliRunner().invoke(app, [*TINY, *options, *record], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
@@ -30,8 +31,11 @@ def test_a_bench_of_the_real_engine(tmp_path: Path) -> None:
         assert run["details"]["seconds_per_phase"]["mixed"] > 0
         assert run["details"]["phase_tokens"]["mixed"] >= 64 + 4 * 3
         assert run["details"]["steps"]["mixed"] >= 4
+    profile = contestant["profile"]
+    assert profile["prefill"]["functions"]["attend"] > 0 and profile["decode"]["forwards"] >= 6
+    assert "profile" not in contestant["options"]  # a folder of this machine
     (record_file,) = (tmp_path / "results").glob("*-first.md")
-    assert "| T1 |" in record_file.read_text()
+    assert "| T1 |" in record_file.read_text() and "T1, decode: a step of" in record_file.read_text()
 
 
 @pytest.mark.slow

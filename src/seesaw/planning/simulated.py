@@ -79,7 +79,7 @@ class SimulatedExecutor:
         self._costs, self._moves = costs, moves
         self._ranks = ranks
         self._phase = 0
-        self._replicas = self._fresh([0.0] * len(costs[0].stages))
+        self._replicas = [_Replica([0.0] * len(stages), 0.0, 0.0) for stages in ranks[0]]
         self._sampled: dict[int, float] = {}
         """When the tokens of a Forward are known on the first stage."""
         self._events: list[tuple[float, int, Completion]] = []
@@ -135,8 +135,9 @@ class SimulatedExecutor:
         self._at(ready, ForwardDone(action.id, [TOKEN] * len(action.sampled), []))
         if action.write_through:
             moved = len(action.write_through) * self._moves.block_bytes
-            replica.out = max(ready, max(replica.out, self.now) + moved / self._moves.to_host[self._phase])
-            self._at(replica.out, CopiesDone(action.id, int(moved), moved / self._moves.to_host[self._phase]))
+            seconds = moved / self._moves.to_host[self._phase]
+            replica.out = max(ready, max(replica.out, self.now) + seconds)
+            self._at(replica.out, CopiesDone(action.id, int(moved), seconds))
 
     def _swap_out(self, action: SwapOut) -> None:
         replica, seconds, moved = self._copy(action, self._moves.to_host[self._phase])
@@ -173,9 +174,6 @@ class SimulatedExecutor:
         self._at(end, TransitionDone(action.id, moved, end - started, 0, max(seconds)))
 
     # ---- bookkeeping --------------------------------------------------------------------------------------
-
-    def _fresh(self, stages: list[float]) -> list[_Replica]:
-        return [_Replica(list(stages), self.now, self.now) for _ in range(self._costs[self._phase].layout.dp)]
 
     def _at(self, time: float, completion: Completion) -> None:
         self._count += 1  # completions of one instant keep the order of their actions

@@ -252,7 +252,8 @@ class Scheduler:
         return replica.pool.free - self.config.blocks(tokens) >= reserved
 
     def admit(self, sequence: Sequence, replica: Replica, group: int, *, via_host: bool) -> None:
-        """Begin prefill of the sequence at the head of `waiting`: it gets device blocks for all its tokens.
+        """Begin prefill of the sequence at the head of `waiting`: it joins the micro-batch `group` and gets
+        device blocks for all its tokens.
 
         `via_host`: it leaves for the host buffer when prefilled, so it gets host blocks as well.
         """

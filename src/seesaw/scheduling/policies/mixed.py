@@ -81,7 +81,9 @@ class MixedPolicy:
                 feed_prompt(scheduler, batch, sequence, budget - batch.tokens_fed)
         if scheduler.hosted or scheduler.swapping_out:
             return  # preempted sequences come back before new ones are taken
-        reserved = scheduler.reserve(replica) if scheduler.waiting else 0
+        if not scheduler.waiting or len(members) >= limit:
+            return
+        reserved = scheduler.reserve(replica)
         while batch.tokens_fed < budget and scheduler.waiting and len(members) < limit:
             sequence = scheduler.waiting[0]
             if not scheduler.has_room(replica, len(sequence.tokens) + 1, reserved=reserved):
