@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from seesaw.core.actions import FEEDBACK, Forward, SamplingState, SlotInit
@@ -73,31 +74,52 @@ class BatchBuilder:
         self._closing = len(self.replica.closing)
 
     def feed(self, sequence: Sequence, count: int) -> bool:
-        """Add the next `count` tokens of `sequence`; its device blocks exist already.
+        """Add the next `count` tokens of a prompt; its device blocks exist already.
 
         Returns whether these were its last known tokens, so that the next one is sampled.
         """
         start = sequence.cached
         self._tell_blocks(sequence)
-        known = sequence.tokens[start : start + count]
-        if len(known) < count:
-            assert count == 1 and sequence.pending == 1
-            known = [FEEDBACK]
-            self._feedback_from = max(self._feedback_from, sequence.last_sampled_by)
-        last = start + count == len(sequence.tokens) + sequence.pending
+        self._tokens.extend(sequence.tokens[start : start + count])
+        last = start + count == len(sequence.tokens)
         if last:
             self._sampled.append(len(self.sequences))
-            sequence.pending += 1
-            sequence.last_sampled_by = self.id
         self.sequences.append(sequence)
         self._slots.append(sequence.slot)
         self._starts.append(start)
         self._counts.append(count)
-        self._tokens.extend(known)
         self.tokens_fed += count
-        sequence.cached += count
-        sequence.forwards += 1
+        sequence.cached = start + count
+        sequence.last_forward = self.id
         return last
+
+    def feed_steps(self, running: Seq[Sequence]) -> None:
+        """Add one decode step of each of these sequences; their device blocks exist already.
+
+        The loop of the engine that runs most often: once for each token that is generated.
+        """
+        id, slots, starts, tokens = self.id, self._slots, self._starts, self._tokens
+        feedback_from = self._feedback_from
+        for sequence in running:
+            if sequence.known_blocks < len(sequence.device_blocks):
+                self._tell_blocks(sequence)
+            start, known = sequence.cached, sequence.tokens
+            if start < len(known):
+                tokens.append(known[start])
+            else:
+                tokens.append(FEEDBACK)
+                if sequence.last_forward > feedback_from:
+                    feedback_from = sequence.last_forward
+            slots.append(sequence.slot)
+            starts.append(start)
+            sequence.cached = start + 1
+            sequence.last_forward = id
+        first, count = len(self.sequences), len(running)
+        self._feedback_from = feedback_from
+        self._counts.extend([1] * count)
+        self._sampled.extend(range(first, first + count))
+        self.sequences.extend(running)
+        self.tokens_fed += count
 
     def _tell_blocks(self, sequence: Sequence) -> None:
         if sequence.slot < 0:
@@ -140,5 +162,6 @@ class BatchBuilder:
             feedback=self.feedback and bool(self._sampled),
             feedback_from=self._feedback_from,
         )
-        sampled = [self.sequences[i] for i in self._sampled]
-        return forward, Flight(self.replica, self.group, self.sequences, sampled), self._copied
+        everyone = self.sequences
+        sampled = everyone if len(self._sampled) == len(everyone) else [everyone[i] for i in self._sampled]
+        return forward, Flight(self.replica, self.group, everyone, sampled), self._copied

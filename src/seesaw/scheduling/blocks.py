@@ -35,6 +35,12 @@ class BlockPool:
         self.peak = max(self.peak, self.used)
         return taken
 
+    def take(self) -> int:
+        """Take one block; otherwise as `allocate`."""
+        block = self._free.pop()
+        self.peak = max(self.peak, self.used)
+        return block
+
     def release(self, blocks: list[int]) -> None:
         """Give blocks back."""
         self._free.extend(reversed(blocks))

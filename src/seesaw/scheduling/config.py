@@ -30,6 +30,8 @@ class SchedulerConfig:
     """Most tokens fed by one Forward that holds prefill; the chunk size of policy `chunked`."""
     max_running: int
     """Most sequences resident on one replica."""
+    micro_batches: tuple[int, int] | None = None
+    """Groups of sequences that take turns in the pipeline of a replica; None: one for each stage."""
     overlap: bool = True
     """Keep further Forwards in flight instead of waiting for each."""
     refill_threshold: float = 0.5
@@ -48,9 +50,17 @@ class SchedulerConfig:
                 f"policy chunked mixes both phases under one layout and cannot run plan {self.plan}; "
                 f"write a static plan such as {self.plan.decode}"
             )
+        if self.micro_batches is not None and min(self.micro_batches) < 1:
+            raise ConfigError(f"micro_batches={self.micro_batches}: at least 1 in each phase")
         for name in ("block_size", "max_model_len", "max_batch_tokens", "max_running"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+
+    def groups(self, phase: int) -> int:
+        """Micro-batch groups of a replica."""
+        if self.micro_batches is not None:
+            return self.micro_batches[phase]
+        return (self.plan.prefill, self.plan.decode)[phase].pp
 
     def blocks(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens."""

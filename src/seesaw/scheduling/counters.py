@@ -26,8 +26,7 @@ class Counters:
         self.prompt_tokens += sequence.prompt_tokens
         self.output_tokens += sequence.generated
 
-    def expected_length(self, sequence: Sequence) -> int:
-        """Tokens `sequence` is expected to generate in all: the mean of the job so far, or a little more than
-        it has already. 32 until something has finished."""
-        mean = self.output_tokens // self.finished if self.finished else 32
-        return max(mean, sequence.generated + 1)
+    @property
+    def mean_output(self) -> int:
+        """Tokens that sequences generate, on average of the job so far; 32 until something has finished."""
+        return self.output_tokens // self.finished if self.finished else 32

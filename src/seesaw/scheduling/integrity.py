@@ -22,6 +22,7 @@ def check_integrity(scheduler: Scheduler) -> None:
         _check_sequence(scheduler, sequence)
     for replica in {*scheduler.replicas, *owned}:
         replica.pool.check(owned[replica])
+        _check_residents(replica)
         _check_slots(replica)
     for queue, status in ((scheduler.waiting, Status.WAITING), (scheduler.hosted, Status.HOST)):
         assert all(s.status is status for s in queue)
@@ -32,11 +33,12 @@ def check_integrity(scheduler: Scheduler) -> None:
 
 def _check_sequence(scheduler: Scheduler, sequence: Sequence) -> None:
     config = scheduler.config
-    assert sequence.forwards >= 0 and sequence.copies >= 0 and sequence.pending >= 0
+    assert sequence.copies >= 0 and sequence.pending <= 2
     assert len(sequence.tokens) <= sequence.limit <= config.max_model_len
     assert sequence.cached <= len(sequence.tokens) + sequence.pending
     resident = sequence.home is not None and sequence.group >= 0
     assert resident == (sequence.status in _ON_DEVICE and not _left(sequence)), sequence.status
+    assert sequence.capacity == len(sequence.device_blocks) * config.block_size
     if resident:
         assert sequence.home is not None
         assert sequence.home.groups[sequence.group].sequences[sequence.id] is sequence
@@ -51,7 +53,17 @@ def _check_sequence(scheduler: Scheduler, sequence: Sequence) -> None:
 
 def _left(sequence: Sequence) -> bool:
     """Prefilled, wanting no token but the one in flight: it ends when that one comes back."""
-    return sequence.status is Status.PREFILLING and sequence.group < 0 and sequence.forwards > 0
+    return sequence.status is Status.PREFILLING and sequence.group < 0 and sequence.forwarded
+
+
+def _check_residents(replica: Replica) -> None:
+    residents = [s for group in replica.groups for s in group.sequences.values()]
+    assert replica.resident == len(residents)
+    growth = sum(max(s.expected_blocks - len(s.device_blocks), 1) for s in residents)
+    assert replica._growth == growth, "the growth of the residents is miscounted"
+    for group in replica.groups:
+        unfed = [s for s in group.sequences.values() if s.status is Status.PREFILLING]
+        assert list(group.prefilling.values()) == unfed
 
 
 def _check_slots(replica: Replica) -> None:

@@ -14,6 +14,8 @@ class Group:
 
     sequences: dict[int, Sequence] = field(default_factory=dict)
     """Resident sequences by id, oldest admission first."""
+    prefilling: dict[int, Sequence] = field(default_factory=dict)
+    """Those of which tokens of the prompt are still to be fed."""
     in_flight: int = 0
     """Forwards of this group in flight."""
 
@@ -25,31 +27,95 @@ class Replica:
     have come back, so that late completions find the pool their blocks belong to.
     """
 
-    def __init__(self, *, index: int, blocks: int, stages: int, max_running: int) -> None:
+    def __init__(self, *, index: int, blocks: int, block_size: int, groups: int, max_running: int) -> None:
         self.index = index
         self.pool = BlockPool(blocks)
-        self.groups = [Group() for _ in range(stages)]
+        self.groups = [Group() for _ in range(groups)]
         self.max_running = max_running
+        self.resident = 0
+        """Sequences that hold a place."""
         self.in_flight = 0
         """Forwards in flight."""
+        self.completed = -1
+        """Id of the latest Forward that has come back."""
+        self.departures = 0
+        """Times that a place or blocks were given up."""
+        self.refused: tuple[int, int, int] | None = None
+        """What was asked when a sequence of the host buffer was last refused (`policies.base.onboard`)."""
         self.leaving_blocks = 0
         """Device blocks of sequences that have left and are not idle yet: free soon."""
         self.filling = True
         """Policy `decode-first` under a static plan: whether a new batch is being prefilled."""
         self.closing: list[int] = []
         """Slots given up since the last Forward; the next one tells the workers."""
+        self._block_size = block_size
         self._free_slots: list[int] = []
         self._slots = 0
+        self._growth = 0
+        self._growth_mean = -1
 
-    @property
-    def resident(self) -> int:
-        """Sequences that hold a place on this replica."""
-        return sum(len(group.sequences) for group in self.groups)
+    # ---- residents ----------------------------------------------------------------------------------------
 
-    @property
-    def stages(self) -> int:
-        """Pipeline stages."""
-        return len(self.groups)
+    def join(self, sequence: Sequence, group: int, blocks: int) -> None:
+        """Take `sequence` into micro-batch `group`, with so many blocks."""
+        sequence.device_blocks = self.pool.allocate(blocks)
+        sequence.capacity = blocks * self._block_size
+        sequence.known_blocks = 0
+        sequence.last_forward = -1
+        sequence.home, sequence.group = self, group
+        sequence.expected_blocks = self._expected(sequence)
+        self._growth += _growth(sequence)
+        self.groups[group].sequences[sequence.id] = sequence
+        self.resident += 1
+
+    def leave(self, sequence: Sequence) -> None:
+        """The sequence gives up place and slot; its blocks stay its own until `release`."""
+        group = self.groups[sequence.group]
+        del group.sequences[sequence.id]
+        group.prefilling.pop(sequence.id, None)
+        sequence.group = -1
+        self.resident -= 1
+        self.departures += 1
+        self._growth -= _growth(sequence)
+        self.leaving_blocks += len(sequence.device_blocks)
+        if sequence.slot >= 0:
+            self.drop_slot(sequence.slot)
+            sequence.slot = -1
+
+    def release(self, sequence: Sequence) -> None:
+        """Free the blocks of a sequence that has left."""
+        assert sequence.group < 0
+        self.leaving_blocks -= len(sequence.device_blocks)
+        self.departures += 1
+        self.pool.release(sequence.device_blocks)
+        sequence.device_blocks, sequence.capacity, sequence.home = [], 0, None
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Give a resident one more block; False if none is free."""
+        if self.pool.free == 0:
+            return False
+        before = _growth(sequence)
+        sequence.device_blocks.append(self.pool.take())
+        sequence.capacity += self._block_size
+        self._growth += _growth(sequence) - before
+        return True
+
+    def growth(self, mean_output: int) -> int:
+        """Blocks that the residents are expected to grow by, one each at least, where sequences generate
+        `mean_output` tokens on average. Kept up to date as they come, go and grow."""
+        if mean_output != self._growth_mean:
+            self._growth_mean = mean_output
+            self._growth = 0
+            for group in self.groups:
+                for sequence in group.sequences.values():
+                    sequence.expected_blocks = self._expected(sequence)
+                    self._growth += _growth(sequence)
+        return self._growth
+
+    def _expected(self, sequence: Sequence) -> int:
+        return -(-min(sequence.limit, sequence.prompt_tokens + self._growth_mean) // self._block_size)
+
+    # ---- slots --------------------------------------------------------------------------------------------
 
     def take_slot(self) -> int:
         """A slot number that no other resident sequence has."""
@@ -75,3 +141,7 @@ class Replica:
         """Resident sequences, the latest admission first."""
         everyone = [s for group in self.groups for s in group.sequences.values()]
         return sorted(everyone, key=lambda s: -s.admitted)
+
+
+def _growth(sequence: Sequence) -> int:
+    return max(sequence.expected_blocks - len(sequence.device_blocks), 1)

@@ -14,7 +14,6 @@ from seesaw.core.actions import (
     DECODE,
     PREFILL,
     Action,
-    ChosenToken,
     Completion,
     CopiesDone,
     ForwardDone,
@@ -73,7 +72,8 @@ class Scheduler:
             Replica(
                 index=i,
                 blocks=config.device_blocks[phase],
-                stages=layout.pp,
+                block_size=config.block_size,
+                groups=config.groups(phase),
                 max_running=config.max_running,
             )
             for i in range(layout.dp)
@@ -180,29 +180,35 @@ class Scheduler:
 
     def _forward_done(self, done: ForwardDone) -> list[Sequence]:
         flight = self._flights.pop(done.id)
-        flight.replica.in_flight -= 1
-        flight.replica.groups[flight.group].in_flight -= 1
-        assert len(done.tokens) == len(flight.sampled)
-        updated = []
-        for j, sequence in enumerate(flight.sampled):
-            sequence.pending -= 1
-            if sequence.status is not Status.FINISHED:
-                self._append(sequence, done.tokens[j], done.logprobs[j] if done.logprobs else None)
-                updated.append(sequence)
+        replica = flight.replica
+        replica.in_flight -= 1
+        replica.completed = done.id
+        replica.groups[flight.group].in_flight -= 1
+        if done.logprobs:
+            for sequence, chosen in zip(flight.sampled, done.logprobs, strict=True):
+                if chosen is not None and sequence.status is not Status.FINISHED:
+                    sequence.logprobs.append(chosen)
+        updated = self._append(flight.sampled, done.tokens)
         for sequence in flight.sequences:
-            sequence.forwards -= 1
-            self._settle(sequence)
+            if sequence.status is not Status.RUNNING:
+                self._settle(sequence)
         return updated
 
-    def _append(self, sequence: Sequence, token: int, logprob: ChosenToken | None) -> None:
-        sequence.tokens.append(token)
-        if logprob is not None:
-            sequence.logprobs.append(logprob)
-        if token in sequence.stop_ids and sequence.generated > sequence.request.sampling.min_tokens:
-            named = token if token in sequence.request.sampling.stop_token_ids else None
-            self.finish(sequence, "stop", named)
-        elif len(sequence.tokens) >= sequence.limit:
-            self.finish(sequence, "length")
+    def _append(self, sampled: list[Sequence], tokens: list[int]) -> list[Sequence]:
+        """Append a token to each sequence that has not ended, and end those that it ends."""
+        updated = []
+        for sequence, token in zip(sampled, tokens, strict=True):
+            if sequence.status is Status.FINISHED:
+                continue
+            known = sequence.tokens
+            known.append(token)
+            updated.append(sequence)
+            if token in sequence.stop_ids and sequence.generated > sequence.request.sampling.min_tokens:
+                named = token if token in sequence.request.sampling.stop_token_ids else None
+                self.finish(sequence, "stop", named)
+            elif len(known) >= sequence.limit:
+                self.finish(sequence, "length")
+        return updated
 
     def _settle(self, sequence: Sequence) -> None:
         """Move a sequence on, once nothing in flight touches it."""
@@ -237,13 +243,7 @@ class Scheduler:
 
     def reserve(self, replica: Replica) -> int:
         """Device blocks that the residents of `replica` are expected to grow by."""
-        blocks = 0
-        for group in replica.groups:
-            for sequence in group.sequences.values():
-                end = min(sequence.limit, sequence.prompt_tokens + self.counters.expected_length(sequence))
-                growth = self.config.blocks(max(end, sequence.cached + 1)) - len(sequence.device_blocks)
-                blocks += max(growth, 1)
-        return blocks
+        return replica.growth(self.counters.mean_output)
 
     def has_room(self, replica: Replica, tokens: int, *, reserved: int) -> bool:
         """Whether a sequence of `tokens` tokens may join and leave `reserved` blocks to the residents."""
@@ -262,6 +262,7 @@ class Scheduler:
         blocks = self.config.blocks(len(sequence.tokens))
         self._enter(sequence, replica, group, blocks)
         sequence.status = Status.PREFILLING
+        replica.groups[group].prefilling[sequence.id] = sequence
         if via_host:
             sequence.host_blocks = self.host.allocate(blocks)
 
@@ -321,6 +322,7 @@ class Scheduler:
         """All tokens of a sequence have been fed: it decodes where it is, or leaves for the host buffer."""
         assert sequence.status is Status.PREFILLING
         if sequence.home is not None and not self.config.plan.separate:
+            del sequence.home.groups[sequence.group].prefilling[sequence.id]
             sequence.status = Status.RUNNING
             return
         self._leave(sequence)
@@ -330,13 +332,8 @@ class Scheduler:
 
     def grow(self, sequence: Sequence) -> bool:
         """Make sure that the next token of `sequence` has a device block; False if none is free."""
-        if sequence.cached < len(sequence.device_blocks) * self.config.block_size:
-            return True
         assert sequence.home is not None
-        if sequence.home.pool.free == 0:
-            return False
-        sequence.device_blocks.extend(sequence.home.pool.allocate(1))
-        return True
+        return sequence.cached < sequence.capacity or sequence.home.grow(sequence)
 
     # ---- bookkeeping --------------------------------------------------------------------------------------
 
@@ -350,31 +347,17 @@ class Scheduler:
         self._actions.append(action)
 
     def _enter(self, sequence: Sequence, replica: Replica, group: int, blocks: int) -> None:
-        sequence.device_blocks = replica.pool.allocate(blocks)
-        sequence.known_blocks = 0
-        sequence.home = replica
-        sequence.group = group
+        replica.join(sequence, group, blocks)
         sequence.admitted = self._new_id()
-        replica.groups[sequence.group].sequences[sequence.id] = sequence
 
     def _leave(self, sequence: Sequence) -> None:
         """Give up place and slot; the blocks stay owned until the sequence is idle."""
-        replica = sequence.home
-        if replica is None or sequence.group < 0:
-            return
-        del replica.groups[sequence.group].sequences[sequence.id]
-        sequence.group = -1
-        replica.leaving_blocks += len(sequence.device_blocks)
-        if sequence.slot >= 0:
-            replica.drop_slot(sequence.slot)
-            sequence.slot = -1
+        if sequence.home is not None and sequence.group >= 0:
+            sequence.home.leave(sequence)
 
     def _release_device(self, sequence: Sequence) -> None:
         if sequence.home is not None:
-            assert sequence.group < 0
-            sequence.home.leaving_blocks -= len(sequence.device_blocks)
-            sequence.home.pool.release(sequence.device_blocks)
-            sequence.device_blocks, sequence.home = [], None
+            sequence.home.release(sequence)
 
     def _release_host(self, sequence: Sequence) -> None:
         self.host.release(sequence.host_blocks)

@@ -38,7 +38,8 @@ class Sequence:
     """One completion of a request. The scheduler alone writes it.
 
     `tokens` holds the prompt and what was generated. `cached` tokens of it are in the KV cache, or will be
-    once the Forwards in flight have run; `pending` tokens have been asked for and not yet come back.
+    once the Forwards in flight have run. What else follows from these two is a property, so that a decode step
+    writes as little as can be.
     """
 
     id: int
@@ -54,9 +55,8 @@ class Sequence:
 
     status: Status = field(default=Status.WAITING, init=False)
     cached: int = field(default=0, init=False)
-    pending: int = field(default=0, init=False)
-    last_sampled_by: int = field(default=-1, init=False)
-    """Id of the latest Forward that samples a token of it."""
+    last_forward: int = field(default=-1, init=False)
+    """Id of the latest Forward on its present device that contains it."""
 
     home: Replica | None = field(default=None, init=False)
     """The replica whose pool `device_blocks` belong to."""
@@ -66,13 +66,15 @@ class Sequence:
     admitted: int = field(default=-1, init=False)
     """Order of admission to its device; the youngest is preempted first."""
     device_blocks: list[int] = field(default_factory=list, init=False)
+    capacity: int = field(default=0, init=False)
+    """Tokens that `device_blocks` hold."""
     known_blocks: int = field(default=0, init=False)
     """How many of `device_blocks` the workers have been told."""
+    expected_blocks: int = field(default=0, init=False)
+    """Device blocks it is expected to need in the end; `Replica` keeps it."""
     host_blocks: list[int] = field(default_factory=list, init=False)
     written_through: int = field(default=0, init=False)
     """How many blocks of the prompt have been handed to write-through copies."""
-    forwards: int = field(default=0, init=False)
-    """Forwards in flight that contain it."""
     copies: int = field(default=0, init=False)
     """Copies in flight that read or write its blocks."""
 
@@ -91,14 +93,19 @@ class Sequence:
         return self.finish_reason == "stop" and self.tokens[-1] in self.stop_ids
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing in flight touches it."""
-        return self.forwards == 0 and self.copies == 0
+    def pending(self) -> int:
+        """Tokens that have been asked for and not yet come back."""
+        return max(0, self.cached + 1 - len(self.tokens))
 
     @property
-    def wants_token(self) -> bool:
-        """Whether one more token may be asked for."""
-        return len(self.tokens) + self.pending < self.limit
+    def forwarded(self) -> bool:
+        """Whether a Forward in flight contains it. Those of a replica come back in order."""
+        return self.home is not None and self.last_forward > self.home.completed
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing in flight touches it."""
+        return self.copies == 0 and not self.forwarded
 
     @property
     def output_token_ids(self) -> list[int]:

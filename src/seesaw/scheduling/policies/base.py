@@ -33,18 +33,28 @@ def may_submit(scheduler: Scheduler, replica: Replica, group: int) -> bool:
 
 def onboard(scheduler: Scheduler) -> None:
     """Swap in from the host buffer what the device pools have room for, beside the running computation."""
-    if not scheduler.hosted:
-        return
-    reserved = [scheduler.reserve(replica) for replica in scheduler.replicas]
     while scheduler.hosted:
         sequence = scheduler.hosted[0]
-        tokens = sequence.cached + 1
-        roomy = [r for r in scheduler.replicas if scheduler.has_room(r, tokens, reserved=reserved[r.index])]
+        roomy = [replica for replica in scheduler.replicas if _takes(scheduler, replica, sequence)]
         if not roomy:
             return
-        replica = min(roomy, key=lambda r: (r.resident, r.index))
-        scheduler.swap_in(sequence, replica)
-        reserved[replica.index] += 1
+        scheduler.swap_in(sequence, min(roomy, key=lambda r: (r.resident, r.index)))
+
+
+def _takes(scheduler: Scheduler, replica: Replica, sequence: Sequence) -> bool:
+    """Whether the replica has room for a sequence of the host buffer beside the growth of its residents.
+
+    A refusal holds until something leaves: what is free and what is reserved shrink together.
+    """
+    if replica.resident >= replica.max_running:
+        return False
+    asked = sequence.id, replica.departures, scheduler.counters.mean_output
+    if replica.refused == asked:
+        return False
+    if scheduler.has_room(replica, sequence.cached + 1, reserved=scheduler.reserve(replica)):
+        return True
+    replica.refused = asked
+    return False
 
 
 def fair_sizes(scheduler: Scheduler) -> list[int]:
@@ -64,19 +74,27 @@ def fair_sizes(scheduler: Scheduler) -> list[int]:
     roomy = [r for r in replicas if room[r.index]] or replicas
     coming = max(1, min(len(scheduler.waiting), sum(room)))
     level = -(-(sum(r.resident for r in roomy) + coming) // len(roomy))
-    return [-(-min(level, r.resident + max(1, room[r.index])) // r.stages) for r in replicas]
+    return [-(-min(level, r.resident + max(1, room[r.index])) // len(r.groups)) for r in replicas]
 
 
-def decodable(scheduler: Scheduler, replica: Replica, group: int) -> list[Sequence]:
-    """Sequences of the group that can take a decode step now, each with a device block for it.
+def feed_running(scheduler: Scheduler, batch: BatchBuilder) -> None:
+    """Feed a decode step of every sequence of the batch's group that can take one now."""
+    members = batch.replica.groups[batch.group].sequences.values()
+    running = [s for s in members if s.status is Status.RUNNING and s.cached + 1 < s.limit]
+    if not scheduler.config.overlap:
+        running = [s for s in running if not s.pending]
+    full = [s for s in running if s.cached >= s.capacity]
+    if not all(scheduler.grow(s) for s in full):
+        running = _with_room(scheduler, batch.replica, running)
+    batch.feed_steps(running)
+
+
+def _with_room(scheduler: Scheduler, replica: Replica, candidates: list[Sequence]) -> list[Sequence]:
+    """Those of the candidates that have a device block for their next token.
 
     When the pool is exhausted, the youngest residents are parked until enough blocks are on their way for
     the older ones; those that still lack a block sit this step out.
     """
-    members = replica.groups[group].sequences.values()
-    candidates = [s for s in members if s.status is Status.RUNNING and s.wants_token]
-    if not scheduler.config.overlap:
-        candidates = [s for s in candidates if s.pending == 0]
     ready, starved = [], 0
     for sequence in candidates:
         if sequence.status is not Status.RUNNING:

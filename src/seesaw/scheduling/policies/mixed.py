@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from seesaw.scheduling.config import PolicyName
-from seesaw.scheduling.policies.base import decodable, fair_sizes, feed_prompt, may_submit, onboard
-from seesaw.scheduling.sequence import Sequence, Status
+from seesaw.scheduling.policies.base import fair_sizes, feed_prompt, feed_running, may_submit, onboard
 
 if TYPE_CHECKING:
     from seesaw.scheduling.batch import BatchBuilder
@@ -28,7 +27,7 @@ class MixedPolicy:
     def schedule(self, scheduler: Scheduler) -> None:
         """Bring preempted sequences back, then deal batches to the groups in turn until none can take one."""
         onboard(scheduler)
-        places = [(replica, group) for replica in scheduler.replicas for group in range(replica.stages)]
+        places = [(replica, group) for replica in scheduler.replicas for group in range(len(replica.groups))]
         while places:
             places.sort(key=_load)
             limits = fair_sizes(scheduler)
@@ -47,12 +46,12 @@ class MixedPolicy:
 
     def _fill(self, scheduler: Scheduler, batch: BatchBuilder, limit: int) -> None:
         if self.name == "chunked":
-            self._decode(scheduler, batch)
+            feed_running(scheduler, batch)
             self._prefill(scheduler, batch, limit)
         elif self.name == "prefill-first":
             self._prefill(scheduler, batch, limit)
             if not batch.sequences:
-                self._decode(scheduler, batch)
+                feed_running(scheduler, batch)
         else:
             self._fill_or_drain(scheduler, batch, limit)
 
@@ -63,21 +62,22 @@ class MixedPolicy:
         if replica.filling:
             self._prefill(scheduler, batch, limit)
             full = len(replica.groups[batch.group].sequences) >= limit
-            if batch.sequences or _partial(replica) or (full and replica.in_flight):
+            if (
+                batch.sequences
+                or any(group.prefilling for group in replica.groups)
+                or (full and replica.in_flight)
+            ):
                 return  # another group may have its share to take yet
             replica.filling = replica.resident == 0
-        self._decode(scheduler, batch)
-
-    def _decode(self, scheduler: Scheduler, batch: BatchBuilder) -> None:
-        for sequence in decodable(scheduler, batch.replica, batch.group):
-            batch.feed(sequence, 1)
+        feed_running(scheduler, batch)
 
     def _prefill(self, scheduler: Scheduler, batch: BatchBuilder, limit: int) -> None:
         """Feed prompts that have begun, then new ones while the group has fewer than `limit` sequences."""
         budget, replica = scheduler.config.max_batch_tokens, batch.replica
-        members = replica.groups[batch.group].sequences
-        for sequence in list(members.values()):
-            if sequence.status is Status.PREFILLING and batch.tokens_fed < budget:
+        group = replica.groups[batch.group]
+        members = group.sequences
+        for sequence in list(group.prefilling.values()):
+            if batch.tokens_fed < budget:
                 feed_prompt(scheduler, batch, sequence, budget - batch.tokens_fed)
         if scheduler.hosted or scheduler.swapping_out:
             return  # preempted sequences come back before new ones are taken
@@ -98,8 +98,3 @@ def _load(place: tuple[Replica, int]) -> tuple[int, int, int, int]:
     replica, group = place
     found = replica.groups[group]
     return found.in_flight, len(found.sequences), replica.index, group
-
-
-def _partial(replica: Replica) -> list[Sequence]:
-    everyone = (s for group in replica.groups for s in group.sequences.values())
-    return [s for s in everyone if s.status is Status.PREFILLING]

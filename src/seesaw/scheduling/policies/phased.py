@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from seesaw.core.actions import DECODE, PREFILL
 from seesaw.scheduling.config import PolicyName
-from seesaw.scheduling.policies.base import decodable, feed_prompt, may_submit, onboard
+from seesaw.scheduling.policies.base import feed_prompt, feed_running, may_submit, onboard
 from seesaw.scheduling.sequence import Sequence, Status
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class PhasedPolicy:
         while progress:
             progress = False
             for replica in sorted(scheduler.replicas, key=lambda r: (r.in_flight, r.index)):
-                limit = replica.stages + 1 if scheduler.config.overlap else 1
+                limit = len(replica.groups) + 1 if scheduler.config.overlap else 1
                 if replica.in_flight < limit:
                     progress = self._prefill_batch(scheduler, replica) or progress
 
@@ -111,11 +111,10 @@ class PhasedPolicy:
     def _decode(self, scheduler: Scheduler) -> None:
         onboard(scheduler)
         for replica in scheduler.replicas:
-            for group in range(replica.stages):
+            for group in range(len(replica.groups)):
                 while may_submit(scheduler, replica, group):
                     batch = scheduler.batch(replica, group, feedback=scheduler.config.overlap)
-                    for sequence in decodable(scheduler, replica, group):
-                        batch.feed(sequence, 1)
+                    feed_running(scheduler, batch)
                     scheduler.submit(batch)
                     if not batch.sequences:
                         break
