@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from seesaw.core.actions import Action, Forward, Transition
+from seesaw.core.actions import DECODE, Action, Forward, Transition
 from seesaw.core.errors import ConfigError, RequestError
 from seesaw.core.layout import Plan
 from seesaw.core.request import Request
 from seesaw.core.sampling import SamplingParams
-from seesaw.scheduling.config import SchedulerConfig
+from seesaw.scheduling.batch import BatchBuilder
+from seesaw.scheduling.config import SchedulerConfig, TurnCosts
 from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
 from tests.scheduling.paged_stub import PagedStub
@@ -72,6 +73,59 @@ def test_seesaw_changes_over_least() -> None:
 def test_seesaw_needs_one_transition_when_the_host_holds_the_job() -> None:
     scheduler = make(config("P2->T2", "seesaw", host_blocks=1000))
     assert transitions(serve(scheduler, [request(i) for i in range(100)])) == 1
+
+
+def test_seesaw_turns_back_when_it_pays() -> None:
+    """Dear turns wait until the batch is thin, dear steps make it turn early; swapping counts as well."""
+    parked = {}
+    for name, costs in {
+        "dear turn": TurnCosts(step=1.0, turn=1e4, block=0.0),
+        "even": TurnCosts(step=1.0, turn=30.0, block=0.1),
+        "dear step": TurnCosts(step=1.0, turn=1.0, block=0.0),
+        "dear swap": TurnCosts(step=1.0, turn=1.0, block=1e3),
+    }.items():
+        scheduler = make(config("P2->T2", "seesaw", turn_costs=costs, host_blocks=64, device_blocks=(64, 64)))
+        serve(scheduler, [request(i, output=4 + i * 7 % 40) for i in range(200)])
+        parked[name] = scheduler.counters.swapped_out
+    assert parked["dear turn"] < parked["even"] < parked["dear step"], parked
+    assert parked["dear swap"] <= parked["dear turn"], parked
+
+
+@pytest.mark.parametrize("plan", ["P4->P4", "P4"])
+def test_the_groups_of_a_pipeline_take_turns(plan: str) -> None:
+    """Also where they fill one after the other: each waits for all the others before it comes again."""
+    policy = "chunked" if plan == "P4" else "seesaw"
+    scheduler = make(config(plan, policy, device_blocks=(200, 200), host_blocks=500, max_batch_tokens=8))
+    for i in range(24):
+        scheduler.add(request(i, output=30), frozenset())
+    scheduler.more_expected = False
+    stub = PagedStub(4, random.Random(0))
+    dealt: list[int] = []
+    submit = scheduler.submit
+
+    def watched(batch: BatchBuilder) -> None:
+        if batch.sequences and (scheduler.phase == DECODE or plan == "P4"):
+            dealt.append(batch.group)
+        submit(batch)
+
+    scheduler.submit = watched  # type: ignore[method-assign]
+    while scheduler.unfinished:
+        for action in scheduler.schedule():
+            stub.submit(action)
+        completion = stub.step()  # one at a time, so that swap-ins fill the groups bit by bit
+        if completion is not None:
+            scheduler.complete(completion)
+    settled = dealt[len(dealt) // 3 : len(dealt) // 2]
+    assert len(settled) > 12
+    assert all(sorted(settled[i : i + 4]) == [0, 1, 2, 3] for i in range(len(settled) - 3)), settled
+
+
+def test_micro_batches_can_be_more_than_stages() -> None:
+    scheduler = make(config("P2", "chunked", micro_batches=(3, 3), device_blocks=(200, 200)))
+    serve(scheduler, [request(i) for i in range(40)])
+    assert len(scheduler.replicas[0].groups) == 3
+    with pytest.raises(ConfigError, match="micro_batches"):
+        config("P2", "chunked", micro_batches=(0, 1))
 
 
 def test_chunked_mixes_decode_with_prompts() -> None:

@@ -10,7 +10,7 @@ import pytest
 from seesaw.core.layout import Plan
 from seesaw.core.request import Request
 from seesaw.core.sampling import SamplingParams
-from seesaw.scheduling.config import SchedulerConfig
+from seesaw.scheduling.config import SchedulerConfig, TurnCosts
 from seesaw.scheduling.integrity import check_integrity
 from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
@@ -57,6 +57,8 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         max_running=rng.randrange(1, 9),
         overlap=rng.random() < 0.7,
         refill_threshold=rng.choice((0.0, 0.5, 1.0)),
+        turn_costs=rng.choice((None, TurnCosts(step=1.0, turn=rng.random() * 40, block=rng.random()))),
+        micro_batches=rng.choice((None, None, (rng.randrange(1, 6), rng.randrange(1, 6)))),
     )
 
 

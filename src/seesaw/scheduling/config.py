@@ -13,6 +13,18 @@ POLICIES: tuple[str, ...] = get_args(PolicyName)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TurnCosts:
+    """What the planner expects of decode steps and of turning back to prefill, in seconds."""
+
+    step: float
+    """A decode step, however few sequences it has."""
+    turn: float
+    """Going over to prefill and back, apart from the work done there: transitions, pipelines that fill and empty."""
+    block: float
+    """Swapping a KV block out and in again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """Limits within which the scheduler works. Pairs are (prefill, decode); a static plan repeats itself."""
 
@@ -36,7 +48,9 @@ class SchedulerConfig:
     """Keep further Forwards in flight instead of waiting for each."""
     refill_threshold: float = 0.5
     """Policy `seesaw` turns back to prefill once the host buffer is empty and at most this share of the
-    phase's largest batch still decodes."""
+    phase's largest batch still decodes; without `turn_costs`."""
+    turn_costs: TurnCosts | None = None
+    """With them, `seesaw` turns back when the steps of a thin batch waste more than turning costs."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -36,6 +36,8 @@ class Replica:
         """Sequences that hold a place."""
         self.in_flight = 0
         """Forwards in flight."""
+        self.latest_group = len(self.groups) - 1
+        """Whose Forward was submitted last; the group behind it is next (`policies.base.deal`)."""
         self.completed = -1
         """Id of the latest Forward that has come back."""
         self.departures = 0

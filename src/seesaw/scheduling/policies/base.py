@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from seesaw.scheduling.sequence import Sequence, Status
@@ -24,11 +25,31 @@ def depth(scheduler: Scheduler) -> int:
     return 2 if scheduler.config.overlap else 1
 
 
-def may_submit(scheduler: Scheduler, replica: Replica, group: int) -> bool:
-    """Whether one more Forward of this group may be put in flight."""
+def deal(scheduler: Scheduler, submit: Callable[[Replica, int], bool]) -> None:
+    """Let the groups of all replicas submit Forwards in turn, until none can. `submit` says whether it did."""
+    active = list(scheduler.replicas)
+    while active:
+        active.sort(key=lambda replica: (replica.in_flight, replica.resident, replica.index))
+        active = [replica for replica in active if _deal_one(scheduler, replica, submit)]
+
+
+def _deal_one(scheduler: Scheduler, replica: Replica, submit: Callable[[Replica, int], bool]) -> bool:
+    """Submit a Forward of the group whose turn it is; groups that have nothing to feed are passed over.
+
+    A group that may not submit yet is waited for: one that came before its turn would stand in the first stage until
+    its last Forward is through the last one, and hold up all that are behind it, as long as that order lasts.
+    """
     if not scheduler.config.overlap and replica.in_flight:
         return False
-    return replica.groups[group].in_flight < depth(scheduler)
+    count = len(replica.groups)
+    for step in range(1, count + 1):
+        group = (replica.latest_group + step) % count
+        if replica.groups[group].in_flight >= depth(scheduler):
+            return False
+        if submit(replica, group):
+            replica.latest_group = group
+            return True
+    return False
 
 
 def onboard(scheduler: Scheduler) -> None:

@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from seesaw.scheduling.config import PolicyName
-from seesaw.scheduling.policies.base import fair_sizes, feed_prompt, feed_running, may_submit, onboard
+from seesaw.scheduling.policies.base import deal, fair_sizes, feed_prompt, feed_running, onboard
 
 if TYPE_CHECKING:
     from seesaw.scheduling.batch import BatchBuilder
@@ -27,20 +28,11 @@ class MixedPolicy:
     def schedule(self, scheduler: Scheduler) -> None:
         """Bring preempted sequences back, then deal batches to the groups in turn until none can take one."""
         onboard(scheduler)
-        places = [(replica, group) for replica in scheduler.replicas for group in range(len(replica.groups))]
-        while places:
-            places.sort(key=_load)
-            limits = fair_sizes(scheduler)
-            places = [
-                (replica, group)
-                for replica, group in places
-                if may_submit(scheduler, replica, group)
-                and self._submit(scheduler, replica, group, limits[replica.index])
-            ]
+        deal(scheduler, partial(self._submit, scheduler))
 
-    def _submit(self, scheduler: Scheduler, replica: Replica, group: int, limit: int) -> bool:
+    def _submit(self, scheduler: Scheduler, replica: Replica, group: int) -> bool:
         batch = scheduler.batch(replica, group, feedback=scheduler.config.overlap)
-        self._fill(scheduler, batch, limit)
+        self._fill(scheduler, batch, fair_sizes(scheduler)[replica.index])
         scheduler.submit(batch)
         return bool(batch.sequences)
 
@@ -91,10 +83,3 @@ class MixedPolicy:
             scheduler.admit(sequence, replica, batch.group, via_host=False)
             reserved += 1
             feed_prompt(scheduler, batch, sequence, budget - batch.tokens_fed)
-
-
-def _load(place: tuple[Replica, int]) -> tuple[int, int, int, int]:
-    """Idle groups first, then those with the fewest sequences."""
-    replica, group = place
-    found = replica.groups[group]
-    return found.in_flight, len(found.sequences), replica.index, group

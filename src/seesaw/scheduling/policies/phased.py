@@ -3,7 +3,7 @@
 Prefill fills the host buffer, decode drains it. The three differ only in when they turn:
 
 - `seesaw` prefills until the host buffer is full and decodes until it is empty and the batch has thinned
-  out: fewest transitions.
+  out so far that turning back costs less than going on: fewest transitions.
 - `prefill-first` prefills whenever a prompt would fit beside the running sequences: the fullest decode batch
   and the most transitions.
 - `decode-first` prefills one device's worth of prompts and decodes until none of them is left.
@@ -11,17 +11,22 @@ Prefill fills the host buffer, decode drains it. The three differ only in when t
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from seesaw.core.actions import DECODE, PREFILL
 from seesaw.scheduling.config import PolicyName
-from seesaw.scheduling.policies.base import feed_prompt, feed_running, may_submit, onboard
+from seesaw.scheduling.policies.base import deal, feed_prompt, feed_running, onboard
 from seesaw.scheduling.sequence import Sequence, Status
 
 if TYPE_CHECKING:
     from seesaw.scheduling.batch import BatchBuilder
     from seesaw.scheduling.replica import Replica
     from seesaw.scheduling.scheduler import Scheduler
+
+_LOOK_AHEAD = 256
+"""Waiting prompts that are looked at for whether they fill the host buffer."""
 
 
 class PhasedPolicy:
@@ -110,23 +115,22 @@ class PhasedPolicy:
 
     def _decode(self, scheduler: Scheduler) -> None:
         onboard(scheduler)
-        for replica in scheduler.replicas:
-            for group in range(len(replica.groups)):
-                while may_submit(scheduler, replica, group):
-                    batch = scheduler.batch(replica, group, feedback=scheduler.config.overlap)
-                    feed_running(scheduler, batch)
-                    scheduler.submit(batch)
-                    if not batch.sequences:
-                        break
+        deal(scheduler, partial(self._step, scheduler))
         resident = sum(replica.resident for replica in scheduler.replicas)
         self._largest_batch = max(self._largest_batch, resident)
+
+    def _step(self, scheduler: Scheduler, replica: Replica, group: int) -> bool:
+        batch = scheduler.batch(replica, group, feedback=scheduler.config.overlap)
+        feed_running(scheduler, batch)
+        scheduler.submit(batch)
+        return bool(batch.sequences)
 
     def _decode_is_over(self, scheduler: Scheduler) -> bool:
         if scheduler.hosted or scheduler.swapping_out or not scheduler.waiting:
             return False
-        residents = [s for r in scheduler.replicas for g in r.groups for s in g.sequences.values()]
-        if not residents:
+        if not any(replica.resident for replica in scheduler.replicas):
             return True
+        residents = [s for r in scheduler.replicas for g in r.groups for s in g.sequences.values()]
         if self.name == "decode-first" or any(s.status is not Status.RUNNING for s in residents):
             return False
         parked = sum(scheduler.config.blocks(s.cached) for s in residents)
@@ -137,7 +141,26 @@ class PhasedPolicy:
             return any(
                 scheduler.has_room(r, prompt, reserved=scheduler.reserve(r)) for r in scheduler.replicas
             )
-        return len(residents) <= scheduler.config.refill_threshold * self._largest_batch
+        return len(residents) <= self._thin(scheduler, len(residents), parked) * self._largest_batch
+
+    def _thin(self, scheduler: Scheduler, residents: int, parked: int) -> float:
+        """The share of the largest batch from which on it pays to turn back, with `parked` blocks swapped out.
+
+        A step with r of B sequences does r tokens that a full step would do in r/B of the time, so that it wastes
+        `step * (1 - r/B)`. Turning now instead makes r sequences wait on the host, where they cost a swap and
+        their share of what the next round could have taken in, that is, of a turn. A step of going on lets
+        r / (mean output) of them end and saves their part. Both are equal at the share returned.
+        """
+        config, costs = scheduler.config, scheduler.config.turn_costs
+        if costs is None:
+            return config.refill_threshold
+        coming = sum(config.blocks(len(s.tokens)) for s in islice(scheduler.waiting, _LOOK_AHEAD))
+        if len(scheduler.waiting) > _LOOK_AHEAD or scheduler.more_expected:
+            coming = config.host_blocks
+        crowding = costs.turn / config.host_blocks if coming + parked > config.host_blocks else 0.0
+        each = (crowding + costs.block) * parked / residents
+        lasting = max(scheduler.counters.mean_output, 1)
+        return 1 / (1 + self._largest_batch * each / (lasting * costs.step))
 
 
 def _needs_decode(sequence: Sequence) -> bool:
