@@ -6,7 +6,7 @@ import pytest
 
 from seesaw.core.layout import Plan
 from seesaw.planning.setup import Limits, set_up
-from tests.planning.machines import SPEC
+from tests.planning.machines import model
 
 
 def limits(**changes: int | str) -> Limits:
@@ -17,13 +17,13 @@ def limits(**changes: int | str) -> Limits:
     ("plan", "chunk"), [("T4", 2048), ("P2->T2", 1024), ("P4->T4", 512), ("D2P2->T4", 1024), ("P8", 256)]
 )
 def test_stages_share_the_tokens_in_flight(plan: str, chunk: int) -> None:
-    assert set_up(SPEC, Plan.parse(plan), "bfloat16", limits()).scheduler.max_batch_tokens == chunk
-    asked = set_up(SPEC, Plan.parse(plan), "bfloat16", limits(chunk=64))
+    assert set_up(model(), Plan.parse(plan), "bfloat16", limits()).scheduler.max_batch_tokens == chunk
+    asked = set_up(model(), Plan.parse(plan), "bfloat16", limits(chunk=64))
     assert asked.scheduler.max_batch_tokens == 64
 
 
 @pytest.mark.parametrize(("plan", "policy"), [("T2", "chunked"), ("P2->P2", "seesaw"), ("P2->T2", "seesaw")])
 def test_the_policy_follows_from_the_phases(plan: str, policy: str) -> None:
-    assert set_up(SPEC, Plan.parse(plan), "bfloat16", limits()).scheduler.policy == policy
-    asked = set_up(SPEC, Plan.parse(plan), "bfloat16", limits(policy="decode-first"))
+    assert set_up(model(), Plan.parse(plan), "bfloat16", limits()).scheduler.policy == policy
+    asked = set_up(model(), Plan.parse(plan), "bfloat16", limits(policy="decode-first"))
     assert asked.scheduler.policy == "decode-first"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from seesaw.core.errors import LayoutError
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import ModelSpec, RopeSpec
+from seesaw.core.moe import MoESpec
 from seesaw.weights.sharding import check_layout
 
 
@@ -59,15 +60,15 @@ def layouts(world: int) -> list[Layout]:
     ]
 
 
-def usable(spec: ModelSpec, world: int) -> list[Layout]:
+def usable(spec: ModelSpec, world: int, moe: MoESpec | None = None) -> list[Layout]:
     """The layouts of `world` ranks into which the model can be divided."""
-    return [layout for layout in layouts(world) if fits(spec, layout)]
+    return [layout for layout in layouts(world) if fits(spec, layout, moe)]
 
 
-def fits(spec: ModelSpec, layout: Layout) -> bool:
+def fits(spec: ModelSpec, layout: Layout, moe: MoESpec | None = None) -> bool:
     """Whether `check_layout` accepts the layout."""
     try:
-        check_layout(spec, layout)
+        check_layout(spec, layout, moe)
     except LayoutError:
         return False
     return True
@@ -90,4 +91,17 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         mlp_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         tied_embeddings=draw(st.booleans()),
+    )
+
+
+@st.composite
+def moes(draw: st.DrawFn, spec: ModelSpec) -> MoESpec:
+    """Random experts for some of the layers of a model."""
+    experts = draw(st.integers(1, 5))
+    return MoESpec(
+        experts=experts,
+        experts_per_token=draw(st.integers(1, experts)),
+        expert_ffn=draw(st.integers(1, 20)),
+        shared_ffn=draw(st.integers(0, 20)),
+        sparse=tuple(sorted(draw(st.sets(st.integers(0, spec.layers - 1), min_size=1)))),
     )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DTYPE_BYTES, ModelSpec
 from seesaw.models.parameters import parameters
+from seesaw.weights.assignment import assign_ranks, kept_elements
 from seesaw.weights.changes import CopyList, TensorChange, copy_list_between, peak_elements
 from seesaw.weights.sharding import (
     DeviceTensor,
@@ -23,11 +24,9 @@ from seesaw.weights.sharding import (
     Region,
     Shard,
     Sharding,
-    assign_ranks,
     copy_list,
     device_tensors,
     head_weight_in_layers,
-    kept_elements,
     make_sharding,
     plan_peak_bytes,
     weight_bytes,

@@ -1,38 +1,34 @@
 """The exact memory of a plan: what each rank holds, how many KV blocks that leaves, and whether it fits.
 
-The figures come from the interval and block arithmetic the engine itself uses, so a plan that is accepted
-allocates what is written here and no more.
+The figures come from the interval and block arithmetic the engine itself uses (`planning.demand`), so a plan that is
+accepted allocates what is written here and no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from seesaw.core.errors import MemoryBudgetError
-from seesaw.core.model_spec import DTYPE_BYTES, ModelSpec
-from seesaw.core.units import format_bytes
-from seesaw.weights.sharding import Sharding, plan_peak_bytes, rank_view, weight_bytes
+from seesaw.core.layout import Layout, Plan
+from seesaw.planning.books import Books, MemoryBudget, Pair
+from seesaw.planning.demand import MODES, Bounds, bounds, demands, distinct_demands
+from seesaw.planning.shapes import PlannedModel
+from seesaw.planning.shardings import footprint, plan_shardings
+from seesaw.weights.changes import Mode
+from seesaw.weights.sharding import Sharding
 
-TransitionMode = Literal["resident", "delta", "reload"]
+if TYPE_CHECKING:
+    from seesaw.planning.setup import Limits
 
+__all__ = ["MemoryBudget", "MemoryPlan", "TransitionMode", "estimate_memory", "footprint", "plan_memory"]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryBudget:
-    """Limits and wishes. Bytes are per rank (`device`) and per node (`host_kv`)."""
-
-    device: int
-    host_kv: int
-    block_size: int
-    max_batch_tokens: int
-    max_running: int
-    max_model_len: int | None
-    """Tokens that one sequence must be able to reach; None takes what fits, up to the model's own limit."""
-    two_phases: bool
-    """Whether every sequence passes through the host buffer."""
-    mode: TransitionMode | None
-    """How weights change over; None chooses `resident` if that leaves KV room enough, else `delta`."""
+TransitionMode = Mode
+ENOUGH_ROOM = 0.8
+"""Of the most KV room that any way of changing over leaves: one that moves less may give up the rest."""
+EXACT_RANKS = 8
+"""Up to so many, `estimate_memory` is exact for all layouts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,144 +48,99 @@ class MemoryPlan:
     max_model_len: int
 
 
-def plan_memory(spec: ModelSpec, shardings: Seq[Sharding], dtype: str, budget: MemoryBudget) -> MemoryPlan:
-    """Divide the budgets. `shardings` are (prefill, decode), twice the same where nothing is re-sharded.
+def plan_memory(
+    model: PlannedModel, shardings: tuple[Sharding, Sharding], dtype: str, budget: MemoryBudget
+) -> MemoryPlan:
+    """Divide the budgets. `shardings` are (prefill, decode), twice the same where nothing is re-sharded; `dtype` is
+    that of activations.
 
     Raises `MemoryBudgetError` with the arithmetic if the weights, or one sequence's KV, do not fit.
     """
-    modes: list[TransitionMode] = [budget.mode] if budget.mode else ["resident", "delta", "reload"]
-    if shardings[0] == shardings[1]:
-        modes = [budget.mode or "resident"]
-    plans: list[MemoryPlan] = []
-    refusal: MemoryBudgetError | None = None
-    for mode in modes:
-        try:
-            plans.append(_plan(spec, shardings, dtype, budget, mode))
-        except MemoryBudgetError as error:
-            refusal = error
-    if not plans:
-        assert refusal is not None
-        raise refusal
-    return _roomiest(plans)
-
-
-def _roomiest(plans: list[MemoryPlan]) -> MemoryPlan:
-    """The first mode (the one that moves least) that gives up no more than a fifth of the KV room."""
-    most = max(min(plan.device_blocks) for plan in plans)
-    return next(plan for plan in plans if min(plan.device_blocks) >= 0.8 * most)
-
-
-def _plan(
-    spec: ModelSpec, shardings: Seq[Sharding], dtype: str, budget: MemoryBudget, mode: TransitionMode
-) -> MemoryPlan:
-    ranks = range(shardings[0].layout.world)
-    weights = tuple(_peak_weights(spec, shardings, dtype, mode, rank) for rank in ranks)
-    workspace = tuple(_workspace(spec, shardings, dtype, budget, rank) for rank in ranks)
-    blocks = [
-        min(
-            (budget.device - weights[rank] - workspace[rank])
-            // _block_bytes(spec, sharding, dtype, budget, rank)
-            for rank in ranks
-        )
-        for sharding in shardings
-    ]
-    host_block = spec.kv_bytes_per_token(dtype) * budget.block_size
-    host_blocks = budget.host_kv // host_block
-    longest = _longest(spec, budget, [*blocks, host_blocks] if budget.two_phases else blocks)
-    if min(blocks) < 1 or longest < 2:
-        raise MemoryBudgetError(
-            _refusal(spec, shardings, dtype, budget, mode, weights, workspace, host_blocks)
-        )
-    enough = -(-longest // budget.block_size) * budget.max_running
-    device_blocks = (min(blocks[0], enough), min(blocks[1], enough))
-    pool = tuple(
-        max(
-            n * _block_bytes(spec, s, dtype, budget, rank)
-            for s, n in zip(shardings, device_blocks, strict=True)
-        )
-        for rank in ranks
-    )
+    ranks, books = demands(model, shardings), Books(model, dtype, budget)
+    modes = _modes(budget, reshards=shardings[0] != shardings[1])
+    room = {mode: books.blocks(ranks, mode) for mode in modes}
+    fitting = _fitting(books, room)
+    if not fitting:
+        layouts = [sharding.layout for sharding in shardings]
+        raise MemoryBudgetError(books.refusal(ranks, layouts, modes[-1]))
+    mode = _least_moving(fitting)
+    blocks = fitting[mode]
     return MemoryPlan(
         mode=mode,
-        weights=weights,
-        workspace=workspace,
-        pool=pool,
-        device_blocks=device_blocks,
-        host_blocks=host_blocks,
-        max_model_len=longest,
+        weights=tuple(rank.peaks[MODES.index(mode)] for rank in ranks),
+        workspace=tuple(map(books.workspace, ranks)),
+        pool=tuple(
+            max(count * size for count, size in zip(blocks, books.block_bytes(rank), strict=True))
+            for rank in ranks
+        ),
+        device_blocks=blocks,
+        host_blocks=books.host_blocks,
+        max_model_len=books.longest(room[mode]),
     )
 
 
-def _longest(spec: ModelSpec, budget: MemoryBudget, tiers: list[int]) -> int:
-    """Longest sequence that fits every tier, given their blocks; 0 if the one asked for does not."""
-    fits = min(tiers) * budget.block_size
-    wanted = budget.max_model_len
-    if wanted is None:
-        return min(spec.max_position, fits)
-    return min(wanted, spec.max_position) if wanted <= fits else 0
-
-
-def _peak_weights(
-    spec: ModelSpec, shardings: Seq[Sharding], dtype: str, mode: TransitionMode, rank: int
-) -> int:
-    first, second = shardings
-    start = weight_bytes(spec, first, rank, dtype)
-    if first == second:
-        return start
-    there = plan_peak_bytes(spec, first, second, mode=mode, dtype=dtype, rank=rank)
-    back = plan_peak_bytes(spec, second, first, mode=mode, dtype=dtype, rank=rank)
-    return max(start, there, back)
-
-
-def _block_bytes(spec: ModelSpec, sharding: Sharding, dtype: str, budget: MemoryBudget, rank: int) -> int:
-    view = rank_view(spec, sharding, rank)
-    elements = 2 * len(view.layers) * len(view.kv_heads) * spec.head_dim * budget.block_size
-    return elements * DTYPE_BYTES[dtype]
-
-
-def _workspace(spec: ModelSpec, shardings: Seq[Sharding], dtype: str, budget: MemoryBudget, rank: int) -> int:
-    """Activations of one batch at their widest, and the float32 logits of the rank that samples."""
-    most = 0
-    tokens = max(budget.max_batch_tokens, budget.max_running)
-    for sharding in shardings:
-        view = rank_view(spec, sharding, rank)
-        heads = (len(view.q_heads) + 2 * len(view.kv_heads)) * spec.head_dim
-        width = 4 * spec.hidden + max(3 * heads, 3 * len(view.ffn))
-        logits = 0
-        if view.last_stage:
-            columns = len(view.vocab) + (2 * spec.vocab if rank == view.sampler_rank else 0)
-            logits = budget.max_running * columns * 4
-        most = max(most, tokens * width * DTYPE_BYTES[dtype] + logits)
-    return most
-
-
-def _refusal(
-    spec: ModelSpec,
-    shardings: Seq[Sharding],
+def estimate_memory(
+    model: PlannedModel,
+    prefill: Layout,
+    decode: Layout,
     dtype: str,
-    budget: MemoryBudget,
-    mode: TransitionMode,
-    weights: tuple[int, ...],
-    workspace: tuple[int, ...],
-    host_blocks: int,
-) -> str:
-    left = [budget.device - w - s for w, s in zip(weights, workspace, strict=True)]
-    rank = left.index(min(left))
-    token = max(_block_bytes(spec, s, dtype, budget, rank) for s in shardings) // budget.block_size
-    wanted = budget.max_model_len or budget.block_size
-    host = ""
-    if budget.two_phases:
-        node = spec.kv_bytes_per_token(dtype)
-        host = (
-            f"; the host buffer has room for {host_blocks * budget.block_size} tokens "
-            f"({format_bytes(budget.host_kv)} at {format_bytes(node)} each)"
+    limits: Limits,
+    *,
+    separate: bool | None = None,
+) -> Pair | str:
+    """KV blocks of a replica in each phase, or why the plan does not fit: `plan_memory` for searches, in some tens
+    of microseconds once it has met both layouts.
+
+    Exact for nodes of up to `EXACT_RANKS`, and where both layouts have one degree of tensor parallelism. For others
+    no rank is given a place: each is held to have the most of everything that any has, so that the answer errs to
+    fewer blocks. `separate` says whether sequences pass through the host buffer; by default, whether the layouts
+    differ. Raises `LayoutError`.
+    """
+    separate = prefill != decode if separate is None else separate
+    books = Books(model, dtype, limits.budget(prefill, separate=separate))
+    modes = _modes(books.budget, reshards=prefill != decode)
+    if prefill.tp == decode.tp or prefill.world <= EXACT_RANKS:
+        plan = Plan(prefill, decode, separate=True)
+        ranks = distinct_demands(model, plan_shardings(model, plan, limits.stages))
+        fitting = _fitting(books, {mode: books.blocks(ranks, mode) for mode in modes})
+        return (
+            fitting[_least_moving(fitting)] if fitting else books.refusal(ranks, (prefill, decode), modes[-1])
         )
-    how = f" ({mode} transitions)" if shardings[0] != shardings[1] else ""
-    names = "->".join(dict.fromkeys(str(s.layout) for s in shardings))
-    return (
-        f"plan {names} does not fit: of {format_bytes(budget.device)} device memory, rank {rank} needs "
-        f"{format_bytes(weights[rank])} for weights{how} and {format_bytes(workspace[rank])} for "
-        f"activations, which leaves {format_bytes(max(left[rank], 0))} for KV at {format_bytes(token)} a token, and "
-        f"a sequence of {wanted} tokens needs {format_bytes(wanted * token)}{host}; give more memory, a smaller "
-        "max_model_len or chunk, or a plan with more ranks per replica"
+    between = bounds(model, prefill, decode, limits.stages)
+    return _estimate_between(books, between, modes) or books.refusal(
+        (between.most,), (prefill, decode), modes[-1]
     )
+
+
+def _estimate_between(books: Books, between: Bounds, modes: Sequence[Mode]) -> Pair | None:
+    """No more than what `plan_memory` finds, which lies between the bounds."""
+    fitting = _fitting(books, {mode: books.blocks((between.most,), mode) for mode in modes})
+    if not fitting:
+        return None
+    mode = _least_moving(fitting)
+    if mode == "resident" or "resident" not in modes:
+        return fitting[mode]
+    resident = books.blocks((between.least,), "resident")
+    if min(books.capped(resident)) < ENOUGH_ROOM * min(fitting[mode]):
+        return fitting[mode]
+    # Both shardings may stay after all, and then leave no more room than that asks for.
+    prefill, decode = (int(ENOUGH_ROOM * blocks) for blocks in fitting[mode])
+    return prefill, decode
+
+
+def _modes(budget: MemoryBudget, *, reshards: bool) -> Sequence[Mode]:
+    """Those to choose from, the one that moves least first."""
+    if budget.mode:
+        return (budget.mode,)
+    return MODES if reshards else MODES[:1]
+
+
+def _fitting(books: Books, room: dict[Mode, Pair]) -> dict[Mode, Pair]:
+    """Device blocks by the modes that leave room for a sequence."""
+    return {mode: books.capped(blocks) for mode, blocks in room.items() if books.longest(blocks)}
+
+
+def _least_moving(fitting: dict[Mode, Pair]) -> Mode:
+    """The first mode (the one that moves least) that gives up no more than a fifth of the KV room."""
+    most = max(map(min, fitting.values()))
+    return next(mode for mode, blocks in fitting.items() if min(blocks) >= ENOUGH_ROOM * most)

@@ -6,12 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from seesaw.core.layout import Plan
+from seesaw.core.layout import Layout, Plan
 from seesaw.core.model_spec import DType, ModelSpec
 from seesaw.planning.memory import MemoryBudget, MemoryPlan, TransitionMode, plan_memory
-from seesaw.scheduling.config import PolicyName, SchedulerConfig
-from seesaw.weights.sharding import Sharding, assign_ranks, make_sharding
-from seesaw.weights.stages import head_weight_in_layers, prefill_head_weight
+from seesaw.planning.shapes import PlannedModel
+from seesaw.planning.shardings import Stages, plan_shardings
+from seesaw.scheduling.config import PolicyName, SchedulerConfig, TurnCosts
+from seesaw.weights.sharding import Sharding
 
 TOKENS_IN_FLIGHT = 2048
 """Of prefill, where no chunk is asked for: shared out over the pipeline stages."""
@@ -30,44 +31,58 @@ class Limits:
     chunk: int | None = None
     """Most tokens of a batch that holds prefill; None shares `TOKENS_IN_FLIGHT` out."""
     max_running: int = 256
+    micro_batches: tuple[int, int] | None = None
+    """Groups of sequences that take turns in a replica's pipeline, of prefill and decode; None: one a stage."""
+    turn_costs: TurnCosts | None = None
+    """By which policy `seesaw` decides when to turn back to prefill."""
     block_size: int = 16
     max_model_len: int | None = None
+    stages: Stages | None = None
+    """Layers of each pipeline stage of prefill and decode; None balances them."""
     transition: TransitionMode | None = None
     overlap: bool = True
     seed: int = 0
+
+    def budget(self, prefill: Layout, *, separate: bool) -> MemoryBudget:
+        """What the memory of a plan with this prefill layout is worked out by."""
+        return MemoryBudget(
+            device=self.device_memory,
+            host_kv=self.host_kv,
+            block_size=self.block_size,
+            max_batch_tokens=self.chunk or max(TOKENS_IN_FLIGHT // prefill.pp, LEAST_CHUNK),
+            max_running=self.max_running,
+            max_model_len=self.max_model_len,
+            two_phases=separate,
+            mode=self.transition,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """A plan worked out. Pairs are (prefill, decode)."""
 
-    spec: ModelSpec
+    model: PlannedModel
     plan: Plan
     dtype: DType
+    """Of computation: products, activations, what ranks send each other."""
     shardings: tuple[Sharding, Sharding]
     memory: MemoryPlan
     scheduler: SchedulerConfig
 
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape, but for its experts."""
+        return self.model.spec
 
-def set_up(spec: ModelSpec, plan: Plan, dtype: DType, limits: Limits) -> Setup:
-    """Work a plan out. Raises `LayoutError` or `MemoryBudgetError` if it cannot be run within its limits."""
-    shardings = plan_shardings(spec, plan)
-    chunk = limits.chunk or max(TOKENS_IN_FLIGHT // plan.prefill.pp, LEAST_CHUNK)
-    memory = plan_memory(
-        spec,
-        shardings,
-        dtype,
-        MemoryBudget(
-            device=limits.device_memory,
-            host_kv=limits.host_kv,
-            block_size=limits.block_size,
-            max_batch_tokens=chunk,
-            max_running=limits.max_running,
-            max_model_len=limits.max_model_len,
-            two_phases=plan.separate,
-            mode=limits.transition,
-        ),
-    )
+
+def set_up(model: PlannedModel, plan: Plan, dtype: DType, limits: Limits) -> Setup:
+    """Work a plan out; `dtype` is that of computation.
+
+    Raises `LayoutError` or `MemoryBudgetError` if it cannot be run within its limits.
+    """
+    shardings = plan_shardings(model, plan, limits.stages)
+    budget = limits.budget(plan.prefill, separate=plan.separate)
+    memory = plan_memory(model, shardings, dtype, budget)
     scheduler = SchedulerConfig(
         plan=plan,
         policy=cast(PolicyName, limits.policy or ("seesaw" if plan.separate else "chunked")),
@@ -75,21 +90,11 @@ def set_up(spec: ModelSpec, plan: Plan, dtype: DType, limits: Limits) -> Setup:
         device_blocks=memory.device_blocks,
         host_blocks=memory.host_blocks,
         max_model_len=memory.max_model_len,
-        max_batch_tokens=chunk,
+        max_batch_tokens=budget.max_batch_tokens,
         max_running=limits.max_running,
+        micro_batches=limits.micro_batches,
+        turn_costs=limits.turn_costs,
         overlap=limits.overlap,
         seed=limits.seed,
     )
-    return Setup(spec=spec, plan=plan, dtype=dtype, shardings=shardings, memory=memory, scheduler=scheduler)
-
-
-def plan_shardings(spec: ModelSpec, plan: Plan) -> tuple[Sharding, Sharding]:
-    """Stages balanced for what each phase does: the LM head runs on one token of a prompt, but at every step
-    of decode. Ranks take the places that move least."""
-    head = head_weight_in_layers(spec)
-    if not plan.reshards:
-        both = make_sharding(spec, plan.prefill, head_weight=head)
-        return both, both
-    prefill = make_sharding(spec, plan.prefill, head_weight=prefill_head_weight(spec))
-    decode = make_sharding(spec, plan.decode, head_weight=head)
-    return prefill, assign_ranks(spec, prefill, decode)
+    return Setup(model=model, plan=plan, dtype=dtype, shardings=shardings, memory=memory, scheduler=scheduler)

@@ -13,11 +13,10 @@ import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
-from math import prod
 from pathlib import Path
 
 from seesaw.core.errors import ConfigError
-from seesaw.core.model_spec import DTYPE_BYTES, ModelSpec, RopeSpec
+from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec, RopeSpec
 from seesaw.core.moe import MoESpec
 from seesaw.models.hf_config import load_spec
 from seesaw.models.parameters import layer_parameter_count, layer_parameters
@@ -95,9 +94,14 @@ class PlannedModel:
     def weight_bytes(self) -> int:
         """Bytes of all weights: `weight_bits` for the layers' matrices and, where these are quantised, 16 bits for
         everything else."""
-        other = self.weight_bits if self.weight_bits >= 16 else 16.0
-        matrices = sum(self._matrices(layer) for layer in range(self.spec.layers))
-        return round((matrices * self.weight_bits + (self.parameters() - matrices) * other) / 8)
+        matrices = self._matrices()
+        bits = matrices * self.weight_bits + (self.parameters() - matrices) * self.other_bits
+        return round(bits / 8)
+
+    @property
+    def other_bits(self) -> float:
+        """Bits of an element of what is not quantised: everything but the layers' matrices."""
+        return max(self.weight_bits, 16.0)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of K and V of one token: `2 * layers * kv_heads * head_dim * kv_bits / 8`."""
@@ -138,15 +142,17 @@ class PlannedModel:
         around = layer_parameter_count(spec) - feed_forward + router + shared
         return around + experts * 3.0 * spec.hidden * moe.expert_ffn
 
-    def _matrices(self, layer: int) -> int:
-        """Elements of the matrices of one layer but its router's: what quantisation changes."""
-        shapes = [p.shape for p in layer_parameters(self.spec, layer) if len(p.shape) == 2]
-        matrices = sum(prod(shape) for shape in shapes)
-        if self.moe is None or layer not in self.moe.sparse:
-            return matrices
-        moe, hidden = self.moe, self.spec.hidden
-        wide = moe.experts * moe.expert_ffn + moe.shared_ffn - self.spec.ffn
-        return matrices + 3 * hidden * wide
+    def _matrices(self) -> int:
+        """Elements of all matrices that quantisation changes."""
+        spec, moe = self.spec, self.moe
+        sparse = moe.sparse_layers if moe else 0
+        dense = next(layer for layer in range(spec.layers + 1) if not (moe and layer in moe.sparse))
+        examples = (spec.layers - sparse, dense), (sparse, moe.sparse[0] if moe else 0)
+        return sum(
+            count * sum(p.size for p in layer_parameters(spec, layer, moe) if p.matrix)
+            for count, layer in examples
+            if count
+        )
 
 
 def shape(
@@ -177,6 +183,12 @@ def shape(
     if kv is not None:
         model = replace(model, kv_bits=KV_BITS[_type("kv", kv, list(KV_BITS))])
     return model
+
+
+def stored_as(spec: ModelSpec, dtype: DType, name: str) -> PlannedModel:
+    """`spec` with weights and KV of one type, as the engine holds them."""
+    bits = 8 * DTYPE_BYTES[dtype]
+    return PlannedModel(name=name, spec=spec, weight_bits=float(bits), kv_bits=bits)
 
 
 def shape_names() -> tuple[str, ...]:

@@ -60,6 +60,8 @@ class DeviceTensor:
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    matrix: bool = False
+    """Whether quantised checkpoints store it in fewer bits (`models.parameters.Parameter`)."""
 
     @property
     def size(self) -> int:

@@ -5,19 +5,17 @@ Everything about weights derives from here: loading, re-shard copy lists, fused 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
 from seesaw.core.errors import LayoutError
 from seesaw.core.layout import Coordinate, Layout
 from seesaw.core.model_spec import DTYPE_BYTES, ModelSpec
+from seesaw.core.moe import MoESpec
 from seesaw.models.parameters import (
     EMBEDDING,
     FINAL_NORM,
-    Axis,
     Parameter,
     edge_parameters,
     head_parameter,
@@ -47,18 +45,20 @@ __all__ = [
     "Region",
     "Shard",
     "Sharding",
+    "Share",
     "TensorChange",
-    "assign_ranks",
     "check_layout",
     "copy_list",
     "device_tensors",
+    "edge_tensors",
     "head_weight_in_layers",
-    "kept_elements",
+    "layer_tensors",
     "make_sharding",
     "partition",
     "plan_peak_bytes",
     "rank_view",
     "shards",
+    "shares",
     "split_stages",
     "weight_bytes",
 ]
@@ -88,6 +88,20 @@ class Sharding:
     def rank(self, dp: int, pp: int, tp: int) -> int:
         """The rank at a coordinate."""
         return self.ranks[self.layout.index(Coordinate(dp, pp, tp))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a tensor-parallel index holds of every axis that is divided (`models.parameters.Axis`)."""
+
+    q_heads: range
+    kv_heads: range
+    owns_kv: bool
+    """False if its KV heads are a replica of another index's."""
+    ffn: range
+    vocab: range
+    expert_ffn: range
+    shared_ffn: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +139,21 @@ def partition(count: int, parts: int, index: int) -> range:
     return range(start, start + size + (index < extra))
 
 
-def check_layout(spec: ModelSpec, layout: Layout) -> None:
+def check_layout(spec: ModelSpec, layout: Layout, moe: MoESpec | None = None) -> None:
     """Raise `LayoutError`, with the numbers, if a rank would get no layer, query head, FFN column or row."""
     if layout.pp > spec.layers:
         raise LayoutError(
             f"layout {layout}: {layout.pp} pipeline stages need {layout.pp} layers, "
             f"the model has {spec.layers}"
         )
-    for count, what in (
-        (spec.heads, "query heads"),
-        (spec.ffn, "FFN columns"),
-        (spec.vocab, "vocabulary rows"),
-    ):
+    axes = [(spec.heads, "query heads")]
+    if moe is None or moe.sparse_layers < spec.layers:
+        axes.append((spec.ffn, "FFN columns"))
+    if moe is not None:
+        axes.append((moe.expert_ffn, "columns of an expert"))
+        axes += [(moe.shared_ffn, "columns of the shared expert")] if moe.shared_ffn else []
+    axes.append((spec.vocab, "vocabulary rows"))
+    for count, what in axes:
         if layout.tp > count:
             raise LayoutError(
                 f"layout {layout}: {layout.tp} tensor-parallel ranks cannot share {count} {what}"
@@ -150,10 +167,11 @@ def make_sharding(
     stages: tuple[range, ...] | None = None,
     head_weight: float = 0.0,
     ranks: tuple[int, ...] | None = None,
+    moe: MoESpec | None = None,
 ) -> Sharding:
     """A checked sharding. Without `stages` they come from `split_stages` with `head_weight`; ranks default to
     0, 1, … in coordinate order. Raises `LayoutError`."""
-    check_layout(spec, layout)
+    check_layout(spec, layout, moe)
     if stages is None:
         stages = split_stages(spec, layout.pp, head_weight)
     if ranks is None:
@@ -177,17 +195,17 @@ def rank_view(spec: ModelSpec, sharding: Sharding, rank: int) -> RankView:
     """What `rank` holds and whom it talks to. Raises `LayoutError` if the sharding does not include it."""
     layout = sharding.layout
     at = sharding.coordinate(rank)
-    q_heads, kv_heads, owns_kv = _heads(spec, layout.tp, at.tp)
+    share = shares(spec, layout.tp)[at.tp]
     last = layout.pp - 1
     return RankView(
         rank=rank,
         coordinate=at,
         layers=sharding.stages[at.pp],
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        ffn=partition(spec.ffn, layout.tp, at.tp),
-        vocab=partition(spec.vocab, layout.tp, at.tp),
-        owns_kv=owns_kv,
+        q_heads=share.q_heads,
+        kv_heads=share.kv_heads,
+        ffn=share.ffn,
+        vocab=share.vocab,
+        owns_kv=share.owns_kv,
         first_stage=at.pp == 0,
         last_stage=at.pp == last,
         tp_ranks=tuple(sharding.rank(at.dp, at.pp, tp) for tp in range(layout.tp)),
@@ -195,6 +213,25 @@ def rank_view(spec: ModelSpec, sharding: Sharding, rank: int) -> RankView:
         next_rank=sharding.rank(at.dp, at.pp + 1, at.tp) if at.pp < last else None,
         first_stage_ranks=tuple(sharding.rank(at.dp, 0, tp) for tp in range(layout.tp)),
         sampler_rank=sharding.rank(at.dp, last, 0),
+    )
+
+
+@lru_cache(maxsize=256)
+def shares(spec: ModelSpec, tp: int, moe: MoESpec | None = None) -> tuple[Share, ...]:
+    """What each tensor-parallel index of `tp` holds. `check_layout` has accepted `tp`."""
+    return tuple(_share(spec, moe, tp, index) for index in range(tp))
+
+
+def _share(spec: ModelSpec, moe: MoESpec | None, tp: int, index: int) -> Share:
+    q_heads, kv_heads, owns_kv = _heads(spec, tp, index)
+    return Share(
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        owns_kv=owns_kv,
+        ffn=partition(spec.ffn, tp, index),
+        vocab=partition(spec.vocab, tp, index),
+        expert_ffn=partition(moe.expert_ffn if moe else 0, tp, index),
+        shared_ffn=partition(moe.shared_ffn if moe else 0, tp, index),
     )
 
 
@@ -218,24 +255,28 @@ def shards(spec: ModelSpec, sharding: Sharding, rank: int) -> tuple[Shard, ...]:
     return tuple(part.shard for tensor in device_tensors(spec, sharding, rank) for part in tensor.parts)
 
 
-def device_tensors(spec: ModelSpec, sharding: Sharding, rank: int) -> tuple[DeviceTensor, ...]:
+def device_tensors(
+    spec: ModelSpec, sharding: Sharding, rank: int, moe: MoESpec | None = None
+) -> tuple[DeviceTensor, ...]:
     """The tensors in `rank`'s memory: embedding, its layers in order, final norm, LM head.
 
     With tied embeddings a rank that has both the first and the last stage holds `embed.weight` only.
     """
-    view = rank_view(spec, sharding, rank)
-    before, after = _edge_tensors(spec, view)
-    layers = (tensor for layer in view.layers for tensor in _layer_tensors(spec, view, layer))
+    at, last = sharding.coordinate(rank), sharding.layout.pp - 1
+    share = shares(spec, sharding.layout.tp, moe)[at.tp]
+    before, after = edge_tensors(spec, share, first=at.pp == 0, last=at.pp == last)
+    layers = (tensor for layer in sharding.stages[at.pp] for tensor in layer_tensors(spec, share, layer, moe))
     return (*before, *layers, *after)
 
 
 def weight_bytes(spec: ModelSpec, sharding: Sharding, rank: int, dtype: str) -> int:
     """Bytes of all device tensors of `rank` with elements of `dtype`."""
-    view = rank_view(spec, sharding, rank)
-    before, after = _edge_tensors(spec, view)
-    layer = sum(tensor.size for tensor in _layer_tensors(spec, view, view.layers.start))
+    at, last = sharding.coordinate(rank), sharding.layout.pp - 1
+    share, layers = shares(spec, sharding.layout.tp)[at.tp], sharding.stages[at.pp]
+    before, after = edge_tensors(spec, share, first=at.pp == 0, last=at.pp == last)
+    layer = sum(tensor.size for tensor in layer_tensors(spec, share, layers.start))
     edges = sum(tensor.size for tensor in (*before, *after))
-    return (edges + layer * len(view.layers)) * DTYPE_BYTES[dtype]
+    return (edges + layer * len(layers)) * DTYPE_BYTES[dtype]
 
 
 _LAYER_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -251,57 +292,66 @@ _LAYER_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gate_up.bias", ("mlp.gate_proj.bias", "mlp.up_proj.bias")),
     ("down.weight", ("mlp.down_proj.weight",)),
     ("down.bias", ("mlp.down_proj.bias",)),
+    ("router.weight", ("mlp.gate.weight",)),
+    ("experts.gate_up.weight", ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight")),
+    ("experts.down.weight", ("mlp.experts.down_proj.weight",)),
+    ("shared.gate_up.weight", ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight")),
+    ("shared.down.weight", ("mlp.shared_expert.down_proj.weight",)),
+    ("shared.gate.weight", ("mlp.shared_expert_gate.weight",)),
 )
 """Device tensors of a layer, and the parameters stacked in each; a model has all of a row or none."""
 
 
-def _layer_tensors(spec: ModelSpec, view: RankView, layer: int) -> list[DeviceTensor]:
+def layer_tensors(
+    spec: ModelSpec, share: Share, layer: int, moe: MoESpec | None = None
+) -> list[DeviceTensor]:
+    """Device tensors of one layer for a tensor-parallel index."""
     prefix = f"model.layers.{layer}."
-    of_layer = {parameter.name.removeprefix(prefix): parameter for parameter in layer_parameters(spec, layer)}
+    of_layer = {
+        parameter.name.removeprefix(prefix): parameter for parameter in layer_parameters(spec, layer, moe)
+    }
     return [
-        _stack(f"layers.{layer}.{name}", (_shard(of_layer[suffix], view) for suffix in suffixes))
+        _stack(f"layers.{layer}.{name}", [of_layer[suffix] for suffix in suffixes], share)
         for name, suffixes in _LAYER_TENSORS
         if suffixes[0] in of_layer
     ]
 
 
-def _edge_tensors(spec: ModelSpec, view: RankView) -> tuple[list[DeviceTensor], list[DeviceTensor]]:
-    """Device tensors before the layers and after them."""
+def edge_tensors(
+    spec: ModelSpec, share: Share, *, first: bool, last: bool
+) -> tuple[list[DeviceTensor], list[DeviceTensor]]:
+    """Device tensors before the layers and after them, on a rank of the first stage, the last one, or both."""
     outer = {parameter.name: parameter for parameter in edge_parameters(spec)}
     before: list[DeviceTensor] = []
     after: list[DeviceTensor] = []
-    if view.first_stage:
-        before.append(_stack("embed.weight", [_shard(outer[EMBEDDING], view)]))
-    if view.last_stage:
-        after.append(_stack("norm.weight", [_shard(outer[FINAL_NORM], view)]))
-        if not (spec.tied_embeddings and view.first_stage):
-            after.append(_stack("head.weight", [_shard(outer[head_parameter(spec)], view)]))
+    if first:
+        before.append(_stack("embed.weight", [outer[EMBEDDING]], share))
+    if last:
+        after.append(_stack("norm.weight", [outer[FINAL_NORM]], share))
+        if not (spec.tied_embeddings and first):
+            after.append(_stack("head.weight", [outer[head_parameter(spec)]], share))
     return before, after
 
 
-def _shard(parameter: Parameter, view: RankView) -> Shard:
+def _stack(name: str, parameters: Iterable[Parameter], share: Share) -> DeviceTensor:
+    parts: list[Part] = []
+    rows, matrix = 0, False
+    shape: tuple[int, ...] = ()
+    for parameter in parameters:
+        shard = _shard(parameter, share)
+        parts.append(Part(shard, rows))
+        shape, matrix = shard.shape, parameter.matrix
+        rows += shape[0]
+    return DeviceTensor(name, (rows, *shape[1:]), tuple(parts), matrix)
+
+
+def _shard(parameter: Parameter, share: Share) -> Shard:
     region = [Interval(0, extent) for extent in parameter.shape]
     if parameter.split is not None:
-        held = _held(view, parameter.split.axis)
+        held: range = getattr(share, parameter.split.axis)
         unit = parameter.split.unit
         region[parameter.split.dim] = Interval(held.start * unit, held.stop * unit)
     return Shard(parameter.name, tuple(region))
-
-
-def _held(view: RankView, axis: Axis) -> range:
-    ranges = {"q_heads": view.q_heads, "kv_heads": view.kv_heads, "ffn": view.ffn, "vocab": view.vocab}
-    return ranges[axis]
-
-
-def _stack(name: str, pieces: Iterable[Shard]) -> DeviceTensor:
-    parts: list[Part] = []
-    rows = 0
-    shape: tuple[int, ...] = ()
-    for shard in pieces:
-        parts.append(Part(shard, rows))
-        shape = shard.shape
-        rows += shape[0]
-    return DeviceTensor(name, (rows, *shape[1:]), tuple(parts))
 
 
 def copy_list(spec: ModelSpec, old: Sharding | None, new: Sharding, rank: int) -> CopyList:
@@ -326,73 +376,3 @@ def plan_peak_bytes(
 
 def _tensors_held(spec: ModelSpec, sharding: Sharding | None, rank: int) -> tuple[DeviceTensor, ...]:
     return device_tensors(spec, sharding, rank) if sharding and rank in sharding.ranks else ()
-
-
-def assign_ranks(spec: ModelSpec, old: Sharding, new: Sharding) -> Sharding:
-    """`new` with its ranks permuted so that changing from `old` fetches the fewest bytes over all ranks.
-
-    Among equals, as many ranks as possible stay where `new` has them. Ranks that `old` does not include have
-    nothing to keep.
-    """
-    from scipy.optimize import linear_sum_assignment  # slow to import
-
-    by_coordinate = kept_elements(spec, old, new)
-    width = new.layout.replica_ranks
-    kept = np.zeros((new.layout.world, new.layout.world), dtype=np.int64)
-    for row, rank in enumerate(new.ranks):
-        if rank in old.ranks:
-            place = old.ranks.index(rank) % old.layout.replica_ranks
-            kept[row] = np.tile(by_coordinate[place], new.layout.world // width)
-    # The count of ranks that stay can only decide between equal sums of kept elements.
-    value = kept * (len(new.ranks) + 1) + np.eye(len(new.ranks), dtype=np.int64)
-    rows, columns = linear_sum_assignment(value, maximize=True)
-    taken = {int(column): new.ranks[row] for row, column in zip(rows, columns, strict=True)}
-    return replace(new, ranks=tuple(taken[index] for index in range(new.layout.world)))
-
-
-def kept_elements(spec: ModelSpec, old: Sharding, new: Sharding) -> NDArray[np.int64]:
-    """Elements that a rank keeps which changes places: `[place in an old replica, place in a new replica]`.
-
-    Places are counted with tp fastest, then pp. Depends on layouts and stages, not on who sits where.
-    """
-    layer = np.zeros((old.layout.tp, new.layout.tp), dtype=np.int64)
-    for parameter in layer_parameters(spec, 0):
-        layer += _overlap_elements(spec, parameter, old, new)
-    layers = _overlap(old.stages, new.stages)
-    kept = np.kron(layers, layer)
-    for parameter in edge_parameters(spec):
-        stages = np.outer(_stages_with(spec, parameter, old), _stages_with(spec, parameter, new))
-        kept += np.kron(stages, _overlap_elements(spec, parameter, old, new))
-    return kept
-
-
-def _overlap_elements(
-    spec: ModelSpec, parameter: Parameter, old: Sharding, new: Sharding
-) -> NDArray[np.int64]:
-    """Elements of `parameter` that an old and a new tensor-parallel index share."""
-    if parameter.split is None:
-        return np.full((old.layout.tp, new.layout.tp), parameter.size, dtype=np.int64)
-    axis, dim, unit = parameter.split.axis, parameter.split.dim, parameter.split.unit
-    ranges = [
-        [_held(rank_view(spec, sharding, sharding.rank(0, 0, tp)), axis) for tp in range(sharding.layout.tp)]
-        for sharding in (old, new)
-    ]
-    return _overlap(*ranges) * (parameter.size // parameter.shape[dim] * unit)
-
-
-def _overlap(left: Sequence[range], right: Sequence[range]) -> NDArray[np.int64]:
-    """Lengths of the intersections of all pairs."""
-    starts = np.maximum.outer([r.start for r in left], [r.start for r in right])
-    stops = np.minimum.outer([r.stop for r in left], [r.stop for r in right])
-    shared: NDArray[np.int64] = np.maximum(stops - starts, 0).astype(np.int64)
-    return shared
-
-
-def _stages_with(spec: ModelSpec, parameter: Parameter, sharding: Sharding) -> NDArray[np.int64]:
-    """1 for the stages that hold an edge parameter, else 0."""
-    stages = np.zeros(sharding.layout.pp, dtype=np.int64)
-    if parameter.place == "embed":
-        stages[0] = 1
-    if parameter.place == "head" or parameter.name == head_parameter(spec):
-        stages[-1] = 1
-    return stages

@@ -1,0 +1,79 @@
+"""The shardings of a plan: which stages it has in each phase, and which rank takes which place. No torch."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
+
+from seesaw.core.errors import LayoutError
+from seesaw.core.layout import Layout, Plan
+from seesaw.planning.shapes import PlannedModel
+from seesaw.weights.assignment import Units, assign_ranks
+from seesaw.weights.footprint import Footprint
+from seesaw.weights.sharding import Sharding, check_layout, make_sharding
+from seesaw.weights.stages import prefill_head_weight, split_layers
+
+Stages = tuple[tuple[int, ...], tuple[int, ...]]
+"""Layers of each pipeline stage of prefill and decode."""
+
+
+@lru_cache(maxsize=16)
+def footprint(model: PlannedModel) -> Footprint:
+    """The bytes of the model's weights under any sharding."""
+    return Footprint(model.spec, model.moe, matrix_bits=model.weight_bits, other_bits=model.other_bits)
+
+
+@lru_cache(maxsize=4096)
+def plan_shardings(
+    model: PlannedModel, plan: Plan, stages: Stages | None = None
+) -> tuple[Sharding, Sharding]:
+    """Who holds what in each phase; ranks take the places that move least. `stages` goes before the balance of
+    `phase_sharding`. Raises `LayoutError`."""
+    if not plan.reshards:
+        if stages and stages[0] != stages[1]:
+            raise LayoutError(
+                f"plan {plan}: stages {stages[0]} and {stages[1]}: one layout for both phases has one division"
+            )
+        both = phase_sharding(model, plan.decode, prefill=False, stages=stages[1] if stages else None)
+        return both, both
+    first = phase_sharding(model, plan.prefill, prefill=True, stages=stages[0] if stages else None)
+    second = phase_sharding(model, plan.decode, prefill=False, stages=stages[1] if stages else None)
+    return first, assign_ranks(model.spec, first, second, model.moe, _units(model))
+
+
+@lru_cache(maxsize=4096)
+def phase_sharding(
+    model: PlannedModel, layout: Layout, *, prefill: bool, stages: tuple[int, ...] | None = None
+) -> Sharding:
+    """`layout` with ranks in order and, if `stages` does not say otherwise, its stages balanced for one phase.
+
+    Prefill goes by arithmetic: the LM head runs on one token of a prompt, and a token passes some experts. A step of
+    decode reads all weights: the LM head weighs as much as the bits it is stored in, a sparse layer all its experts.
+    Raises `LayoutError`.
+    """
+    check_layout(model.spec, layout, model.moe)
+    if stages is not None:
+        ranges = _ranges(layout, stages, model.spec.layers)
+    elif prefill:
+        weights = tuple(model.touched_in_layer(layer, 1) for layer in range(model.spec.layers))
+        ranges = split_layers(weights, layout.pp, prefill_head_weight(model.spec, weights[-1]))
+    else:
+        weights = footprint(model).layer_bits()
+        head = model.spec.vocab * model.spec.hidden * model.other_bits / weights[-1]
+        ranges = split_layers(weights, layout.pp, head)
+    return make_sharding(model.spec, layout, stages=ranges, moe=model.moe)
+
+
+def _ranges(layout: Layout, stages: tuple[int, ...], layers: int) -> tuple[range, ...]:
+    if len(stages) != layout.pp or min(stages) < 1 or sum(stages) != layers:
+        raise LayoutError(
+            f"layout {layout}: stages {stages} do not divide {layers} layers into {layout.pp} parts of at least one"
+        )
+    return tuple(range(stop - n, stop) for stop, n in zip(accumulate(stages), stages, strict=True))
+
+
+def _units(model: PlannedModel) -> Units:
+    """Matrices and everything else by the bits they are stored in."""
+    ratio = Fraction(model.weight_bits / model.other_bits).limit_denominator(1024)
+    return Units(ratio.numerator, ratio.denominator)

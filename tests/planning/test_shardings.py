@@ -1,0 +1,108 @@
+"""Stages of both phases: by arithmetic, by bytes, or as given."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from seesaw.core.errors import LayoutError
+from seesaw.core.layout import Layout, Plan
+from seesaw.core.moe import MoESpec
+from seesaw.planning.setup import Limits, set_up
+from seesaw.planning.shapes import PlannedModel, shape
+from seesaw.planning.shardings import phase_sharding, plan_shardings
+from seesaw.weights.sharding import make_sharding
+from seesaw.weights.stages import head_weight_in_layers, prefill_head_weight
+from tests.planning.machines import model
+from tests.weights.shapes import spec_of
+
+
+def sizes(planned: PlannedModel, layout: str, *, prefill: bool = False) -> list[int]:
+    sharding = phase_sharding(planned, Layout.parse(layout), prefill=prefill)
+    return [len(stage) for stage in sharding.stages]
+
+
+@pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-2-70B", "Llama-3.1-405B", "Qwen3-4B"])
+@pytest.mark.parametrize("layout", ["P2", "P4", "P8T2", "P16"])
+def test_dense_models_of_one_type_are_divided_as_the_engine_does(name: str, layout: str) -> None:
+    planned, wanted = shape(name), Layout.parse(layout)
+    head = head_weight_in_layers(planned.spec)
+    assert phase_sharding(planned, wanted, prefill=False) == make_sharding(
+        planned.spec, wanted, head_weight=head
+    )
+    head = prefill_head_weight(planned.spec)
+    assert phase_sharding(planned, wanted, prefill=True) == make_sharding(
+        planned.spec, wanted, head_weight=head
+    )
+
+
+def test_a_head_of_16_bits_weighs_more_beside_layers_of_4() -> None:
+    # 128256 x 4096 against 218.1 million of a layer: 2.4 layers, or 9.3 where these have 4.16 bits.
+    assert sizes(shape("Llama-3-8B"), "P4") == [9, 9, 8, 6]
+    assert sizes(shape("Llama-3-8B", weights="int4"), "P4") == [11, 10, 10, 1]
+    assert sizes(shape("Llama-3-8B", weights="int4"), "P4", prefill=True) == sizes(
+        shape("Llama-3-8B"), "P4", prefill=True
+    )
+
+
+def test_sparse_layers_weigh_all_experts_in_decode_and_those_a_token_passes_in_prefill() -> None:
+    # Attention has 4 x 8 x 8 elements and the dense FFN 3 x 8 x 64: a token passes as much of two experts of 32
+    # columns, but sixteen of them are read.
+    spec = spec_of(layers=6, hidden=8, heads=2, kv_heads=2, head_dim=4, ffn=64, vocab=8)
+    moe = MoESpec(experts=16, experts_per_token=2, expert_ffn=32, sparse=(3, 4, 5))
+    planned = PlannedModel(name="half sparse", spec=spec, moe=moe)
+    assert sizes(planned, "P3") == [4, 1, 1]
+    assert sizes(planned, "P3", prefill=True) == [2, 2, 2]
+
+
+def test_stages_may_be_given() -> None:
+    plan, given = Plan.parse("P4->P2T2"), ((1, 2, 2, 3), (5, 3))
+    setup = set_up(model(), plan, "bfloat16", Limits(device_memory=1 << 30, host_kv=64 << 20, stages=given))
+    assert tuple(tuple(map(len, sharding.stages)) for sharding in setup.shardings) == given
+    both = plan_shardings(model(), Plan.parse("P2->P2"), ((3, 5), (3, 5)))
+    assert both[0] == both[1] and tuple(map(len, both[0].stages)) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("plan", "stages", "said"),
+    [
+        ("P4->T4", ((1, 2, 2, 2), (8,)), r"layout P4: stages \(1, 2, 2, 2\) do not divide 8 layers into 4"),
+        ("P4->T4", ((4, 4), (8,)), r"stages \(4, 4\)"),
+        ("P4->T4", ((2, 2, 2, 2), (4, 4)), r"layout T4: stages \(4, 4\)"),
+        ("P2->P2", ((8, 0), (8, 0)), "at least one"),
+        ("P2->P2", ((3, 5), (5, 3)), r"plan P2->P2: stages \(3, 5\) and \(5, 3\)"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(
+    plan: str, stages: tuple[tuple[int, ...], tuple[int, ...]], said: str
+) -> None:
+    with pytest.raises(LayoutError, match=said):
+        plan_shardings(model(), Plan.parse(plan), stages)
+
+
+def test_experts_are_not_divided_beyond_their_columns() -> None:
+    moe = MoESpec(experts=4, experts_per_token=1, expert_ffn=6, shared_ffn=4, sparse=(0,))
+    planned = replace(model(), moe=moe)
+    with pytest.raises(LayoutError, match="8 tensor-parallel ranks cannot share 6 columns of an expert"):
+        plan_shardings(planned, Plan.parse("T8"))
+    planned = replace(model(), moe=replace(moe, expert_ffn=64))
+    with pytest.raises(
+        LayoutError, match="8 tensor-parallel ranks cannot share 4 columns of the shared expert"
+    ):
+        plan_shardings(planned, Plan.parse("T8"))
+
+
+def test_setting_up_needs_neither_torch_nor_scipy() -> None:
+    code = (
+        "import sys\n"
+        "from seesaw.core.layout import Plan\n"
+        "from seesaw.planning.setup import Limits, set_up\n"
+        "from seesaw.planning.shapes import shape\n"
+        "limits = Limits(device_memory=1 << 35, host_kv=1 << 32)\n"
+        "set_up(shape('Llama-3-8B'), Plan.parse('P4->T4'), 'bfloat16', limits)\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'scipy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
