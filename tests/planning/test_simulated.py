@@ -28,8 +28,8 @@ from tests.planning.machines import hardware, model
 
 MOVES = Moves(
     block_bytes=1e6,
-    to_host=(1e9, 1e9),
-    to_device=(2e9, 2e9),
+    to_host=(1e-3, 1e-3),
+    to_device=(5e-4, 5e-4),
     transition_bytes=(100, 200),
     transition_seconds=((0.1, 0.1), (0.2, 0.4)),
 )
@@ -46,7 +46,7 @@ def executor(plan: str = "P2->T2", **changes: Any) -> SimulatedExecutor:
         [[list(range(s * layout.tp, (s + 1) * layout.tp)) for s in range(layout.pp)]]
         for layout in (parsed.prefill, parsed.decode)
     )
-    return SimulatedExecutor(costs, ranks, MOVES)  # type: ignore[arg-type]
+    return SimulatedExecutor(costs, ranks, MOVES, separate=parsed.separate)  # type: ignore[arg-type]
 
 
 def prompt(id: int, count: int, blocks: int = 0, **changes: Any) -> Forward:
@@ -69,7 +69,7 @@ def prompt(id: int, count: int, blocks: int = 0, **changes: Any) -> Forward:
 
 
 def stage_seconds(found: SimulatedExecutor, forward: Forward) -> list[float]:
-    cost = found._costs[0]
+    cost = found._shapes[0].cost
     return [cost.stage(stage, work_of(forward)).seconds for stage in range(len(cost.stages))]
 
 
@@ -86,7 +86,7 @@ def test_a_pipeline_overlaps_micro_batches() -> None:
     found = executor()
     forwards = [prompt(1, 512), prompt(2, 512)]
     first, second = stage_seconds(found, forwards[0])
-    hand_over = found._costs[0].hand_over(512)
+    hand_over = found._shapes[0].cost.hand_over(512)
     for forward in forwards:
         found.submit(forward)
     assert found.wait() == [ForwardDone(1, [0], [])]
@@ -102,26 +102,62 @@ def test_a_step_waits_for_the_token_it_feeds() -> None:
     found.wait()
     before = found.now
     found.wait()
-    hand_over = found._costs[0].hand_over(1)
+    hand_over = found._shapes[0].cost.hand_over(1)
     assert found.now == pytest.approx(before + sum(stage_seconds(found, prompt(2, 1))) + hand_over)
-    assert found.spent[0].bubble > 0.0
+    assert found.report()["prefill"].causes["bubble"] > 0.0
+
+
+def drain(found: SimulatedExecutor) -> list[tuple[type, int, float]]:
+    done = []
+    while found.in_flight:
+        done += [(type(completion), completion.id, found.now) for completion in found.wait()]
+    return done
 
 
 def test_copies_run_beside_computation_and_one_after_the_other() -> None:
     found = executor()
-    found.submit(prompt(1, 512, blocks=400))
+    forward = prompt(1, 512, blocks=400)
+    found.submit(forward)
     found.submit(SwapOut(2, 0, [(0, 0)] * 100))
     found.submit(SwapIn(3, 0, [(0, 0)] * 100))
-    done = []
-    while found._events:
-        done += [(type(completion), completion.id, found.now) for completion in found.wait()]
+    found.submit(prompt(4, 512))
+    first, second = stage_seconds(found, forward)
+    enters = first + found._shapes[0].cost.hand_over(
+        512
+    )  # when the last stage begins, and its copies with it
+    assert enters + second < 0.4
+    done = drain(found)
     assert [(kind, id) for kind, id, _ in done] == [
-        (CopiesDone, 3),
         (ForwardDone, 1),
+        (ForwardDone, 4),
         (CopiesDone, 1),
         (CopiesDone, 2),
+        (CopiesDone, 3),
     ]
-    assert [time for kind, _, time in done if kind is CopiesDone] == pytest.approx([0.05, 0.4, 0.5])
+    times = [time for kind, _, time in done if kind is CopiesDone]
+    assert times == pytest.approx([enters + 0.4, enters + 0.5, enters + 0.55])
+
+
+def test_a_swap_waits_for_the_forwards_before_it() -> None:
+    found = executor()
+    found.submit(prompt(1, 512))
+    found.submit(SwapIn(2, 0, [(0, 0)] * 100))
+    (_, _, forward), (_, _, swap) = drain(found)
+    assert swap == pytest.approx(forward + 0.05)
+
+
+def test_a_rank_changes_over_when_its_copies_are_through() -> None:
+    found = executor()
+    forward = prompt(1, 512, blocks=400)
+    found.submit(forward)
+    found.submit(Transition(2, 1))
+    done = drain(found)
+    enters = stage_seconds(found, forward)[0] + found._shapes[0].cost.hand_over(512)
+    assert done[-1][0] is TransitionDone
+    assert done[-1][2] == pytest.approx(max(0.4 + 0.2, enters + 0.4 + 0.4))
+    report = found.report()
+    assert report["transition"].seconds == pytest.approx(done[-1][2] - 0.4)
+    assert report["transition"].causes["transition"] == pytest.approx((enters + 0.8 - 0.4 + 0.4) / 2)
 
 
 def test_ranks_change_over_when_their_stage_is_through() -> None:
@@ -132,12 +168,12 @@ def test_ranks_change_over_when_their_stage_is_through() -> None:
     found.submit(Transition(2, 1))
     found.submit(prompt(3, 1))
     completions = [found.wait()[0] for _ in range(3)]
-    ends = (first + 0.2, first + found._costs[0].hand_over(2048) + second + 0.4)
+    ends = (first + 0.2, first + found._shapes[0].cost.hand_over(2048) + second + 0.4)
     changed = completions[1]
     assert isinstance(changed, TransitionDone)
     assert (changed.bytes, changed.moving) == (200, 0.4)
     assert changed.seconds == pytest.approx(max(ends) - first)
-    step = found._costs[1].stage(0, work_of(prompt(3, 1))).seconds
+    step = found._shapes[1].cost.stage(0, work_of(prompt(3, 1))).seconds
     assert found.now == pytest.approx(max(ends) + step)
 
 

@@ -84,7 +84,7 @@ class Forward(msgspec.Struct, array_like=True, frozen=True, tag=True):
     @property
     def decodes(self) -> bool:
         """Whether this is a decode step: one token of each sequence, and nothing written through."""
-        return max(self.counts) == 1 and not self.write_through
+        return len(self.tokens) == len(self.counts) and not self.write_through
 
 
 class SwapOut(msgspec.Struct, array_like=True, frozen=True, tag=True):

@@ -1,18 +1,35 @@
 """`SimulatedExecutor`: carries the scheduler's actions out on a virtual clock, by the cost model.
 
-It keeps what is busy until when: every pipeline stage of every replica, and each replica's way to and from the
-host buffer. An action's times follow from these as soon as it is submitted, since the actions of a replica run in
-order; `wait` moves the clock to the next completion. Tokens are all the same: a simulated sequence ends by length.
+It keeps what is busy until when: every pipeline stage of every replica, and the copies of each. An action's times
+follow from these as soon as it is submitted, since the actions of a replica run in order; `wait` moves the clock to
+the next completion. Tokens are all the same: a simulated sequence ends by length.
+
+**What overlaps** is what overlaps on the engine's ranks. A rank has one queue of copies, beside its computation:
+
+- write-through begins with its Forward on that stage and ends no earlier than it;
+- a swap, out or in, is taken up when the stage is through with the Forwards before it, and runs beside later ones;
+- a rank changes over when its stage is through and its copies are done, while later stages still compute.
+
+**The host link.** Every rank has a fixed share of what the node's host memory gives in each direction (`Moves`): the
+rate of its own link, but no more than its part of the node's when all ranks that copy in that phase do so at once.
+A rank alone is not given what the others leave, so the shares never add up to more than the node has, whatever
+coincides: swap-ins of one replica with the fetches of another that still changes over, or copies of several
+replicas. On one rank they do not coincide, as it has one queue, which is empty when it changes over. Copies to the
+host and from it do not slow each other down: links are full duplex, and both figures are measured with copies past
+the caches.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from math import inf
+from operator import attrgetter, sub
 
 from seesaw.core.actions import (
+    PREFILL,
     Action,
     Completion,
     CopiesDone,
@@ -23,21 +40,38 @@ from seesaw.core.actions import (
     Transition,
     TransitionDone,
 )
+from seesaw.planning.accounts import (
+    BUBBLE,
+    CAUSES,
+    HAND_OVER,
+    IDLE,
+    SWAP,
+    TRANSITION,
+    Accounts,
+    PhaseReport,
+)
 from seesaw.planning.cost import Cost, LayoutCost, Work
 
 StageRanks = Sequence[Sequence[Sequence[int]]]
 """Ranks by replica and stage."""
+_MANY = 64
+"""Tokens on their way, before those that have come are looked for."""
 TOKEN = 0
 """What every simulated sequence says."""
+_WORK = [CAUSES.index(name) for name in Cost.__dataclass_fields__]
+_seconds_of = attrgetter(*Cost.__dataclass_fields__)
+_Interval = tuple[int, float, float]
+"""A cause, from when, until when."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moves:
-    """What copies cost. Bytes per second are of one replica of the phase, all replicas busy."""
+    """What copies cost. Pairs are (prefill, decode)."""
 
     block_bytes: float
     """KV of one block, over all layers and heads."""
     to_host: tuple[float, float]
+    """Seconds that the ranks of a replica take to copy a block out, each its part of it."""
     to_device: tuple[float, float]
     transition_bytes: tuple[int, int]
     """Fetched by all ranks to get to the prefill layout and to the decode layout."""
@@ -45,41 +79,97 @@ class Moves:
     """The same per rank, in seconds."""
 
 
-@dataclass(slots=True)
+class _Stages:
+    """The pipeline stages of a layout's replicas, those of equal cost taken together."""
+
+    def __init__(self, cost: LayoutCost, replicas: int) -> None:
+        self.cost = cost
+        last = len(cost.stages) - 1
+        # The first stage sums the embedding over its ranks, the last one has the head.
+        summed = cost.layout.tp > 1
+        keys = [(layers, summed and i == 0, i == last) for i, layers in enumerate(cost.stages)]
+        different = list(dict.fromkeys(keys))
+        self.kinds = [different.index(key) for key in keys]
+        """The kind of each stage."""
+        self.examples = [keys.index(key) for key in different]
+        """A stage of each kind."""
+        self.weights = [keys.count(key) / (len(keys) * replicas) for key in different]
+        """Which share of all stages those of one kind on one replica are."""
+        self.weight = 1 / (len(keys) * replicas)
+        self._hand_overs: dict[int, float] = {}
+
+    def hand_over(self, tokens: int) -> float:
+        """Seconds between two stages."""
+        found = self._hand_overs.get(tokens)
+        if found is None:
+            found = self.cost.hand_over(tokens) if len(self.kinds) > 1 else 0.0
+            self._hand_overs[tokens] = found
+        return found
+
+
+@dataclass(slots=True, eq=False)
+class _Passage:
+    """One Forward's way through the stages of a replica."""
+
+    free: list[float]
+    """When each stage had come free before it."""
+    starts: list[float]
+    ends: list[float]
+    costs: list[Cost]
+    """By kind of stage."""
+    hand_over: float
+    submitted: float
+    before: float
+    """When the Forward before it had left the last stage."""
+
+
+@dataclass(slots=True, eq=False)
 class _Replica:
     """When what is busy of one replica comes free."""
 
+    shape: _Stages
     stages: list[float]
-    out: float
-    """Its way to the host."""
-    into: float
+    copies: list[float]
+    """The queue of copies, by stage."""
+    left: float = 0.0
+    """When the latest Forward leaves the last stage."""
+    passages: deque[_Passage] = field(default_factory=deque)
+    """Forwards that may not be booked yet, since a phase may still end before they do."""
+    copying: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=32))
+    """The latest times in which copies were outstanding, from their submission on."""
 
-
-@dataclass(slots=True)
-class Spent:
-    """What a simulation counted, in seconds over all stages of all replicas."""
-
-    work: Cost = field(default_factory=Cost)
-    hand_over: float = 0.0
-    bubble: float = 0.0
-    """Stages that waited for the one before them, or for a token."""
+    def copy(self, start: float, end: float) -> None:
+        """Note copies that are outstanding."""
+        if self.copying and start <= self.copying[-1][1]:
+            self.copying[-1] = (self.copying[-1][0], max(end, self.copying[-1][1]))
+        else:
+            self.copying.append((start, end))
 
 
 class SimulatedExecutor:
-    """See `execution.base.Executor`. `costs` and `ranks` are (prefill, decode)."""
+    """See `execution.base.Executor`. `costs` and `ranks` are (prefill, decode); `separate` is whether the phases
+    of the plan are."""
 
     def __init__(
         self,
         costs: tuple[LayoutCost, LayoutCost],
         ranks: tuple[StageRanks, StageRanks],
         moves: Moves,
+        *,
+        separate: bool,
     ) -> None:
         self.now = 0.0
-        self.spent: tuple[Spent, Spent] = (Spent(), Spent())
-        self._costs, self._moves = costs, moves
-        self._ranks = ranks
-        self._phase = 0
-        self._replicas = [_Replica([0.0] * len(stages), 0.0, 0.0) for stages in ranks[0]]
+        self._moves, self._ranks = moves, ranks
+        self._shapes = [_Stages(cost, len(of)) for cost, of in zip(costs, ranks, strict=True)]
+        self._layout = PREFILL
+        self._replicas = [self._replica(PREFILL, [0.0] * len(stages)) for stages in ranks[PREFILL]]
+        self._names = ("prefill", "decode") if separate else ("mixed", "mixed")
+        self._phase = self._names[PREFILL]
+        changes = separate and costs[0].layout != costs[1].layout
+        phases = (*self._names, "transition") if changes else self._names
+        self._accounts = Accounts(tuple(dict.fromkeys(phases)))
+        self._changing: list[tuple[float, float]] = []
+        """Since when and until when ranks change over, in the latest transition."""
         self._sampled: dict[int, float] = {}
         """When the tokens of a Forward are known on the first stage."""
         self._events: list[tuple[float, int, Completion]] = []
@@ -91,15 +181,29 @@ class SimulatedExecutor:
             case Forward():
                 self._forward(action)
             case SwapOut():
-                self._swap_out(action)
+                self._copy(action, self._moves.to_host[self._layout])
             case SwapIn():
-                self._swap_in(action)
+                self._copy(action, self._moves.to_device[self._layout])
             case Transition():
                 self._transition(action)
 
-    def wait(self) -> list[Completion]:
-        """The next completion, and all of the same instant."""
-        assert self._events, "nothing is in flight"
+    def turn(self, phase: int) -> None:
+        """The phase changes without a transition: what follows belongs to the other one, which begins when all
+        stages are through with what was submitted so far."""
+        self._phase = self._names[phase]
+        self._accounts.begin(self._phase, max(self.now, *(max(r.stages) for r in self._replicas)))
+
+    @property
+    def in_flight(self) -> int:
+        """Completions that are outstanding."""
+        return len(self._events)
+
+    def wait(self, until: float = inf) -> list[Completion]:
+        """The next completion, and all of the same instant; none if the clock comes to `until` before."""
+        if not self._events or self._events[0][0] > until:
+            assert until < inf, "nothing is in flight"
+            self.now = max(self.now, until)
+            return []
         self.now = self._events[0][0]
         completions = []
         while self._events and self._events[0][0] == self.now:
@@ -109,87 +213,199 @@ class SimulatedExecutor:
     def close(self) -> None:
         """There is nothing to end."""
 
+    def report(self) -> dict[str, PhaseReport]:
+        """Where the time went, by phase. To be called once, at the end, when all requests have ended."""
+        self._leave(self.now)
+        return self._accounts.report(self.now)
+
     # ---- actions ------------------------------------------------------------------------------------------
 
     def _forward(self, action: Forward) -> None:
-        cost, replica, spent = (
-            self._costs[self._phase],
-            self._replicas[action.replica],
-            self.spent[self._phase],
-        )
-        work = work_of(action)
-        ready = max(self.now, self._sampled.get(action.feedback_from, 0.0))
-        hand_over = cost.hand_over(work.tokens)
-        for stage, free in enumerate(replica.stages):
-            start = max(ready, free)
-            spent.bubble += max(0.0, start - max(free, self.now))
-            each = cost.stage(stage, work)
-            spent.work += each
-            ready = replica.stages[stage] = start + each.seconds
-            if stage + 1 < len(replica.stages):
-                ready += hand_over
-                spent.hand_over += hand_over
+        replica, work = self._replicas[action.replica], work_of(action)
+        shape, now = replica.shape, self.now
+        self._settle(replica, now)
+        self._accounts.count(self._phase, work.tokens, work.sampled)
+        costs = [shape.cost.stage(stage, work) for stage in shape.examples]
+        seconds = [cost.seconds for cost in costs]
+        hand_over = shape.hand_over(work.tokens)
+        ready, starts, ends = max(now, self._sampled.get(action.feedback_from, 0.0)), [], []
+        for free, kind in zip(replica.stages, shape.kinds, strict=True):
+            start = ready if ready > free else free
+            end = start + seconds[kind]
+            starts.append(start)
+            ends.append(end)
+            ready = end + hand_over
+        passage = _Passage(replica.stages, starts, ends, costs, hand_over, now, replica.left)
+        replica.passages.append(passage)
+        replica.stages, replica.left = ends, end
         if action.feedback:
-            self._sampled = {id: at for id, at in self._sampled.items() if at > self.now}
-            self._sampled[action.id] = ready
-        self._at(ready, ForwardDone(action.id, [TOKEN] * len(action.sampled), []))
+            if len(self._sampled) > _MANY:
+                self._sampled = {id: at for id, at in self._sampled.items() if at > now}
+            self._sampled[action.id] = end
+        self._at(end, ForwardDone(action.id, [TOKEN] * work.sampled, []))
         if action.write_through:
-            moved = len(action.write_through) * self._moves.block_bytes
-            seconds = moved / self._moves.to_host[self._phase]
-            replica.out = max(ready, max(replica.out, self.now) + seconds)
-            self._at(replica.out, CopiesDone(action.id, int(moved), seconds))
+            self._write_through(action, replica, starts)
 
-    def _swap_out(self, action: SwapOut) -> None:
-        replica, seconds, moved = self._copy(action, self._moves.to_host[self._phase])
-        replica.out = max(replica.out, *replica.stages, self.now) + seconds
-        self._at(replica.out, CopiesDone(action.id, moved, seconds))
+    def _write_through(self, action: Forward, replica: _Replica, starts: list[float]) -> None:
+        blocks = len(action.write_through)
+        seconds = blocks * self._moves.to_host[self._layout]
+        for stage, (start, end) in enumerate(zip(starts, replica.stages, strict=True)):
+            replica.copies[stage] = max(end, max(replica.copies[stage], start) + seconds)
+        self._copies_done(action.id, replica, blocks, seconds)
 
-    def _swap_in(self, action: SwapIn) -> None:
-        replica, seconds, moved = self._copy(action, self._moves.to_device[self._phase])
-        replica.into = max(replica.into, self.now) + seconds
-        self._at(replica.into, CopiesDone(action.id, moved, seconds))
+    def _copy(self, action: SwapOut | SwapIn, each: float) -> None:
+        replica, blocks = self._replicas[action.replica], len(action.pairs)
+        seconds = blocks * each
+        for stage, free in enumerate(replica.stages):
+            replica.copies[stage] = max(replica.copies[stage], free, self.now) + seconds
+        self._copies_done(action.id, replica, blocks, seconds)
 
-    def _copy(self, action: SwapOut | SwapIn, rate: float) -> tuple[_Replica, float, int]:
-        moved = len(action.pairs) * self._moves.block_bytes
-        return self._replicas[action.replica], moved / rate, int(moved)
+    def _copies_done(self, id: int, replica: _Replica, blocks: int, seconds: float) -> None:
+        end = max(replica.copies)
+        replica.copy(self.now, end)
+        self._at(end, CopiesDone(id, int(blocks * self._moves.block_bytes), seconds))
 
     def _transition(self, action: Transition) -> None:
-        """Each rank changes over when its stage is through with what came before."""
-        free = {
-            rank: max(at, self.now)
-            for replica, of_replica in zip(self._replicas, self._ranks[self._phase], strict=True)
-            for at, of_stage in zip(replica.stages, of_replica, strict=True)
+        seconds, old = self._moves.transition_seconds[action.target], self._ranks[self._layout]
+        begins = {
+            rank: max(self.now, free, copied)
+            for replica, of_replica in zip(self._replicas, old, strict=True)
+            for free, copied, of_stage in zip(replica.stages, replica.copies, of_replica, strict=True)
             for rank in of_stage
         }
-        seconds = self._moves.transition_seconds[action.target]
-        done = {rank: at + seconds[rank] for rank, at in free.items()}
-        started, drained = min(free.values()), max(max(r.out, r.into) for r in self._replicas)
-        self._phase = action.target
+        done = {rank: at + seconds[rank] for rank, at in begins.items()}
+        start, end = min(begins.values()), max(done.values())
+        self._accounts.begin("transition", start)
+        self._phase = self._names[action.target]
+        self._accounts.begin(self._phase, end)
+        self._leave()
+        self._layout = action.target
         self._replicas = []
-        for of_replica in self._ranks[self._phase]:
+        for of_replica in self._ranks[action.target]:
             stages = [max(done[rank] for rank in of_stage) for of_stage in of_replica]
-            self._replicas.append(_Replica(stages, drained, max(drained, *stages)))
-        end = max(done.values())
+            self._replicas.append(self._replica(action.target, stages))
+            for at, of_stage in zip(stages, of_replica, strict=True):
+                self._changing += [(begins[rank], at) for rank in of_stage]
         moved = self._moves.transition_bytes[action.target]
-        self._at(end, TransitionDone(action.id, moved, end - started, 0, max(seconds)))
+        self._at(end, TransitionDone(action.id, moved, end - start, 0, max(seconds)))
+
+    def _leave(self, until: float = inf) -> None:
+        """Book everything that the ranks did in their layout, and while they changed to it.
+
+        A rank that has no part in the end of a job may be found changing over: the job is over without it.
+        """
+        for start, end in self._changing:
+            self._accounts.book(TRANSITION, start, min(end, until), 1 / len(self._changing))
+        self._changing = []
+        for replica in self._replicas:
+            self._settle(replica, inf)
+            weight = replica.shape.weight
+            for free, copied in zip(replica.stages, replica.copies, strict=True):
+                for cause, start, end in _rest(replica, free, self.now):
+                    self._accounts.book(cause, start, end, weight)
+                self._accounts.book(SWAP, max(free, self.now), min(copied, until), weight)
 
     # ---- bookkeeping --------------------------------------------------------------------------------------
+
+    def _replica(self, layout: int, free: list[float]) -> _Replica:
+        return _Replica(self._shapes[layout], free, list(free))
 
     def _at(self, time: float, completion: Completion) -> None:
         self._count += 1  # completions of one instant keep the order of their actions
         heappush(self._events, (time, self._count, completion))
 
+    def _settle(self, replica: _Replica, until: float) -> None:
+        """Book the Forwards that have ended `until` then."""
+        passages = replica.passages
+        while passages and passages[0].ends[-1] <= until:
+            passage = passages.popleft()
+            sums = self._accounts.within(min(passage.free))
+            if sums is None:
+                self._book_apart(replica, passage)
+            else:
+                _book(replica, passage, sums)
+
+    def _book_apart(self, replica: _Replica, passage: _Passage) -> None:
+        """Book a Forward on which a phase may begin."""
+        shape, book = replica.shape, self._accounts
+        for stage, kind in enumerate(shape.kinds):
+            start, end, cost = passage.starts[stage], passage.ends[stage], passage.costs[kind]
+            book.book_all(dict(zip(_WORK, _seconds_of(cost), strict=True)), start, end, shape.weight)
+            for cause, since, until in _gap(replica, passage, stage):
+                book.book(cause, since, until, shape.weight)
+
+
+def _book(replica: _Replica, passage: _Passage, sums: list[float]) -> None:
+    """Book a Forward that lies within one phase."""
+    shape = replica.shape
+    for cost, weight in zip(passage.costs, shape.weights, strict=True):
+        for at, seconds in zip(_WORK, _seconds_of(cost), strict=True):
+            sums[at] += weight * seconds
+    if passage.before < passage.submitted:
+        for stage, (free, start) in enumerate(zip(passage.free, passage.starts, strict=True)):
+            if start > free:
+                for cause, since, until in _gap(replica, passage, stage):
+                    sums[cause] += shape.weight * (until - since)
+        return
+    # As `_gap`, where it comes to two causes: nearly all of the Forwards of a job.
+    gaps = list(map(sub, passage.starts, passage.free))
+    handed, most = 0.0, passage.hand_over
+    if len(gaps) > 1:
+        handed = sum([gap if gap < most else most for gap in gaps[1:]])
+    sums[HAND_OVER] += shape.weight * handed
+    sums[BUBBLE] += shape.weight * (sum(gaps) - handed)
+
+
+def _gap(replica: _Replica, passage: _Passage, stage: int) -> Iterator[_Interval]:
+    """Why a stage did nothing before a Forward came to it."""
+    start, end = passage.free[stage], passage.starts[stage]
+    if stage and end > start:
+        left = max(start, end - passage.hand_over)
+        yield HAND_OVER, left, end
+        end = left
+    # Until the Forward before had left, a token was on its way; since this one was submitted, it is.
+    quiet = min(max(start, passage.before), end)
+    asked = max(quiet, min(end, passage.submitted))
+    if quiet > start:
+        yield BUBBLE, start, quiet
+    yield from _quiet(replica, quiet, asked)
+    if end > asked:
+        yield BUBBLE, asked, end
+
+
+def _rest(replica: _Replica, start: float, end: float) -> Iterator[_Interval]:
+    """Why a stage does nothing when no Forward comes any more."""
+    quiet = min(max(start, replica.left), end)
+    if quiet > start:
+        yield BUBBLE, start, quiet
+    yield from _quiet(replica, quiet, end)
+
+
+def _quiet(replica: _Replica, start: float, end: float) -> Iterator[_Interval]:
+    """No Forward is on the replica: copies are outstanding, or it has nothing to wait for."""
+    for since, until in replica.copying:
+        if until <= start:
+            continue
+        if since >= end:
+            break
+        if since > start:
+            yield IDLE, start, since
+            start = since
+        yield SWAP, start, min(until, end)
+        start = min(until, end)
+    if end > start:
+        yield IDLE, start, end
+
 
 def work_of(action: Forward) -> Work:
     """What a Forward has to do. A sequence that feeds one token reads keys, the others are prompts."""
-    sampled = len(action.sampled)
-    if action.decodes:
-        batch = len(action.counts)
+    batch, tokens, sampled = len(action.counts), len(action.tokens), len(action.sampled)
+    if tokens == batch:
         return Work(tokens=batch, sampled=sampled, keys=float(sum(action.starts) + batch))
-    totals: defaultdict[str, float] = defaultdict(float)
+    keys = pairs = 0
     for start, count in zip(action.starts, action.counts, strict=True):
         if count == 1:
-            totals["keys"] += start + 1
+            keys += start + 1
         else:
-            totals["pairs"] += count * start + count * (count + 1) / 2
-    return Work(tokens=sum(action.counts), sampled=sampled, **totals)
+            pairs += count * (2 * start + count + 1)
+    return Work(tokens=tokens, sampled=sampled, keys=float(keys), pairs=pairs / 2)

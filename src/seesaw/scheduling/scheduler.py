@@ -165,6 +165,28 @@ class Scheduler:
         actions, self._actions = self._actions, []
         return actions
 
+    def retire(self) -> list[Action]:
+        """The actions that take every sequence off its device. Once all that is in flight has come back, and without
+        a call of `schedule` before, `reconfigure` may follow."""
+        self.park_all()
+        actions, self._actions = self._actions, []
+        return actions
+
+    def reconfigure(self, config: SchedulerConfig, policy: Policy) -> None:
+        """Go on under another plan, on new ranks over the same host buffer, beginning with its first phase.
+
+        Nothing is in flight: sequences wait, or their KV is whole on the host. The plan must have room for them all.
+        """
+        assert not self.in_flight and not self._actions, "a plan is changed while something is in flight"
+        assert all(s.status in (Status.WAITING, Status.HOST) for s in self._sequences.values())
+        assert all(s.limit <= config.max_model_len for s in self._sequences.values())
+        if config.host_blocks != self.host.total or config.block_size != self.config.block_size:
+            assert self.host.used == 0, "the host buffer cannot change while it holds sequences"
+            self.host = BlockPool(config.host_blocks)
+        self.config, self.policy = config, policy
+        self.phase = PREFILL
+        self.replicas = self._make_replicas(PREFILL)
+
     def complete(self, completion: Completion) -> list[Sequence]:
         """Take a completion in; returns the sequences that got a token (one each), ended or not."""
         match completion:
@@ -189,16 +211,16 @@ class Scheduler:
                 if chosen is not None and sequence.status is not Status.FINISHED:
                     sequence.logprobs.append(chosen)
         updated = self._append(flight.sampled, done.tokens)
-        for sequence in flight.sequences:
-            if sequence.status is not Status.RUNNING:
-                self._settle(sequence)
+        running = Status.RUNNING
+        for sequence in [s for s in flight.sequences if s.status is not running]:
+            self._settle(sequence)
         return updated
 
     def _append(self, sampled: list[Sequence], tokens: list[int]) -> list[Sequence]:
         """Append a token to each sequence that has not ended, and end those that it ends."""
-        updated = []
+        updated, finished = [], Status.FINISHED
         for sequence, token in zip(sampled, tokens, strict=True):
-            if sequence.status is Status.FINISHED:
+            if sequence.status is finished:
                 continue
             known = sequence.tokens
             known.append(token)
@@ -291,6 +313,12 @@ class Scheduler:
             sequence.status = Status.DROPPING
             self.counters.recomputed += 1
             self._settle(sequence)
+
+    def park_all(self) -> None:
+        """Park everything that runs, the youngest first."""
+        for replica in self.replicas:
+            for sequence in replica.youngest():
+                self.park(sequence)
 
     def transition(self, phase: int) -> None:
         """Go over to the other phase; every sequence has left the devices, or is on its way."""

@@ -100,8 +100,8 @@ def fair_sizes(scheduler: Scheduler) -> list[int]:
 
 def feed_running(scheduler: Scheduler, batch: BatchBuilder) -> None:
     """Feed a decode step of every sequence of the batch's group that can take one now."""
-    members = batch.replica.groups[batch.group].sequences.values()
-    running = [s for s in members if s.status is Status.RUNNING and s.cached + 1 < s.limit]
+    members, status = batch.replica.groups[batch.group].sequences.values(), Status.RUNNING
+    running = [s for s in members if s.status is status and s.cached + 1 < s.limit]
     if not scheduler.config.overlap:
         running = [s for s in running if not s.pending]
     full = [s for s in running if s.cached >= s.capacity]

@@ -49,11 +49,13 @@ class PhasedPolicy:
             self._largest_batch = 0
         self._decode(scheduler)
         if self._decode_is_over(scheduler):
-            for replica in scheduler.replicas:
-                for sequence in replica.youngest():
-                    scheduler.park(sequence)
+            scheduler.park_all()
             scheduler.transition(PREFILL)
             self._prefill(scheduler)
+
+    def turns_back(self, scheduler: Scheduler) -> bool:
+        """Whether `schedule` would go over from decode to prefill now."""
+        return scheduler.phase == DECODE and self._decode_is_over(scheduler)
 
     # ---- prefill ------------------------------------------------------------------------------------------
 
