@@ -67,8 +67,8 @@ def test_a_job(invoke: Invoke, engine: EchoEngine, tmp_path: Path) -> None:
 def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp_path: Path) -> None:
     options = (
         "--plan P2->T2 --ranks 2 --device cpu --device-memory 64MiB --host-kv 1.5GiB --dtype float32 "
-        "--load-format dummy --policy prefill-first --chunk 128 --max-model-len 99 --transition delta "
-        "--seed 5 --limit 1 --threads-per-rank 2 --sync-loop --served-model-name name"
+        "--load-format dummy --policy prefill-first --chunk 128 --max-running 9 --max-model-len 99 "
+        "--transition delta --seed 5 --limit 1 --threads-per-rank 2 --sync-loop --served-model-name name"
     ).split()
     files = ["--output", str(tmp_path / "o.jsonl"), "--errors", str(tmp_path / "e.jsonl")]
     assert invoke(*options, *files).exit_code == 0
@@ -85,6 +85,7 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
         "max_model_len": 99,
         "seed": 5,
         "chunk": 128,
+        "max_running": 9,
         "transition": "delta",
         "overlap": False,
         "threads_per_rank": 2,

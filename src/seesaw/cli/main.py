@@ -8,7 +8,11 @@ import typer
 
 from seesaw import __version__
 from seesaw.cli.bench import bench
+from seesaw.cli.plan import plan
+from seesaw.cli.plan_options import JsonCommand
+from seesaw.cli.profile import profile
 from seesaw.cli.run import run
+from seesaw.cli.simulate import simulate
 
 app = typer.Typer(
     name="seesaw",
@@ -20,6 +24,9 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("bench")(bench)
+app.command("profile")(profile)
+app.command("plan", cls=JsonCommand)(plan)
+app.command("simulate", cls=JsonCommand)(simulate)
 
 
 def _print_version(wanted: bool) -> None:

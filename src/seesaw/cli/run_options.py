@@ -65,7 +65,8 @@ ServedModelName = Annotated[
 PlanText = Annotated[
     str,
     typer.Option(
-        help="Layouts of prefill and decode, such as 'P4->T4', or one layout for both, such as T4.",
+        help="Layouts of prefill and decode, such as 'P4->T4', or one layout for both, such as T4; auto plans by "
+        "the first rows, given a profile of this node (seesaw profile).",
         metavar="PLAN",
         rich_help_panel=_ENGINE,
     ),
@@ -92,6 +93,12 @@ Chunk = Annotated[
     int | None,
     typer.Option(
         help="Most tokens of a batch that holds prefill.", min=1, metavar="N", rich_help_panel=_ENGINE
+    ),
+]
+MaxRunning = Annotated[
+    int | None,
+    typer.Option(
+        help="Most sequences decoding at once on one replica.", min=1, metavar="N", rich_help_panel=_ENGINE
     ),
 ]
 ThreadsPerRank = Annotated[
