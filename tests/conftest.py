@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 
@@ -9,3 +10,4 @@ def pytest_configure() -> None:
     """A shell's background jobs ignore SIGINT, and so would all that the tests start and interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["SEESAW_PROFILE"] = os.devnull + "/none"  # what this machine was measured at decides no test

@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 import psutil
 
 from seesaw.core.errors import ConfigError, LayoutError, ModelError
+from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout, Plan
 from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec
 from seesaw.core.node import Place, load_node
 from seesaw.core.units import parse_bytes
 from seesaw.models.hf_config import load_spec
+from seesaw.planning.at_hand import nominal_turn_costs, profile_at_hand
 from seesaw.planning.memory import MemoryPlan, TransitionMode
 from seesaw.planning.setup import Limits, Setup, set_up
+from seesaw.planning.shapes import stored_as
 from seesaw.scheduling.config import SchedulerConfig
 from seesaw.weights.sharding import Sharding, check_layout
 
 logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+MAX_RUNNING = 256
+"""Where nothing is said and nothing is searched for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,7 @@ class Options:
     model: str
     """A directory with `config.json` and safetensors files."""
     plan: str = "auto"
+    """Such as `P4->T4` or `T4`; `auto` plans by the first rows where the node has a profile, else by rule."""
     ranks: int | None = None
     device: str = "cpu"
     device_memory: int | str | None = None
@@ -49,8 +56,8 @@ class Options:
     seed: int = 0
     chunk: int | None = None
     """Most tokens of a batch that holds prefill; by default 2048 shared out over the pipeline stages of prefill."""
-    max_running: int = 256
-    """Most sequences decoding at once on one replica."""
+    max_running: int | None = None
+    """Most sequences decoding at once on one replica; by default 256, or what plan `auto` finds best."""
     block_size: int = 16
     transition: str = "auto"
     overlap: bool = True
@@ -67,7 +74,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """A checked plan: what `launch.start_local` starts and the scheduler drives."""
+    """A checked plan: what `launch.LocalNode` starts and the scheduler drives."""
 
     options: Options
     setup: Setup
@@ -77,6 +84,8 @@ class Deployment:
     host_kv: int
     places: tuple[Place, ...]
     """Where each rank runs."""
+    measured: HardwareSpec | str
+    """The node by its profile, or why there is none to go by."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -119,29 +128,56 @@ def resolve(options: Options) -> Deployment:
     plan = _choose_plan(options, spec)
     dtype = _choose_dtype(options, spec)
     device_memory, host_kv = _budgets(options, plan)
-    limits = Limits(
-        device_memory=device_memory,
-        host_kv=host_kv,
-        policy=options.policy,
-        chunk=options.chunk,
-        max_running=options.max_running,
-        block_size=options.block_size,
-        max_model_len=options.max_model_len,
-        transition=None if options.transition == "auto" else cast(TransitionMode, options.transition),
-        overlap=options.overlap,
-        seed=options.seed,
-    )
-    setup = set_up(spec, plan, dtype, limits)
+    measured = profile_at_hand(plan.world, options.device, dtype)
+    model = stored_as(spec, dtype, Path(options.model).resolve().name)
+    setup = set_up(model, plan, dtype, _limits(options, device_memory, host_kv))
     if options.max_model_len is None and setup.memory.max_model_len < spec.max_position:
         logger.info("max_model_len is %d, what the memory budgets leave room for", setup.memory.max_model_len)
     return Deployment(
         options=options,
-        setup=setup,
+        setup=_with_costs(setup, measured),
         dummy=dummy,
         device_memory=device_memory,
         host_kv=host_kv,
         places=_places(options, plan),
+        measured=measured,
     )
+
+
+def _limits(options: Options, device_memory: int, host_kv: int) -> Limits:
+    return Limits(
+        device_memory=device_memory,
+        host_kv=host_kv,
+        policy=options.policy,
+        chunk=options.chunk,
+        max_running=options.max_running or MAX_RUNNING,
+        block_size=options.block_size,
+        max_model_len=options.max_model_len,
+        transition=transition_mode(options),
+        overlap=options.overlap,
+        seed=options.seed,
+    )
+
+
+def _with_costs(setup: Setup, measured: HardwareSpec | str) -> Setup:
+    """With what turning back to prefill costs on this node, where that is known."""
+    if isinstance(measured, str) or not setup.plan.separate:
+        return setup
+    costs = nominal_turn_costs(setup, measured)
+    return replace(setup, scheduler=replace(setup.scheduler, turn_costs=costs))
+
+
+def redeploy(deployment: Deployment, plan: Plan, limits: Limits) -> Deployment:
+    """The same model on the same ranks and memory budgets under another plan. Raises a `ConfigError`."""
+    options = deployment.options
+    check_plan(plan, deployment.spec)
+    own = replace(limits, transition=transition_mode(options), overlap=options.overlap, seed=options.seed)
+    return replace(deployment, setup=set_up(deployment.setup.model, plan, deployment.dtype, own))
+
+
+def transition_mode(options: Options) -> TransitionMode | None:
+    """How weights are to change; None leaves it to the memory plan."""
+    return None if options.transition == "auto" else cast(TransitionMode, options.transition)
 
 
 def _check_choices(options: Options) -> None:
@@ -175,29 +211,32 @@ def _check_weights(model: str, spec: ModelSpec) -> None:
 def _choose_plan(options: Options, spec: ModelSpec) -> Plan:
     if options.plan == "auto":
         ranks = options.ranks or min(8, len(os.sched_getaffinity(0)))
-        plan = _default_plan(ranks, spec)
+        plan = _default_plan(ranks, spec, options.policy)
     else:
         plan = Plan.parse(options.plan)
         if options.ranks is not None and options.ranks != plan.world:
             raise LayoutError(f"plan {plan} has {plan.world} ranks, but ranks={options.ranks} was asked for")
-    for layout in {plan.prefill, plan.decode}:
-        check_layout(spec, layout)
+    check_plan(plan, spec)
     return plan
 
 
-def _default_plan(ranks: int, spec: ModelSpec) -> Plan:
-    """Pipeline for prefill, tensor parallelism for decode, as far as the model divides."""
+def check_plan(plan: Plan, spec: ModelSpec) -> None:
+    """Raise `LayoutError` if the model does not divide into the layouts of `plan`."""
+    for layout in {plan.prefill, plan.decode}:
+        check_layout(spec, layout)
+
+
+def _default_plan(ranks: int, spec: ModelSpec, policy: str | None) -> Plan:
+    """Pipeline for prefill, tensor parallelism for decode, as far as model and policy allow."""
     if ranks == 1:
-        return Plan.parse("T1")
-    for prefill in (Layout(pp=ranks), Layout(dp=ranks)):
-        try:
-            plan = Plan(prefill, Layout(tp=ranks), separate=True)
-            check_layout(spec, plan.prefill)
-            check_layout(spec, plan.decode)
-        except LayoutError:
-            continue
-        return plan
-    return Plan.parse(f"D{ranks}")
+        return Plan.parse("T1->T1" if policy == "seesaw" else "T1")
+    tensor = Layout(tp=ranks)
+    pairs = [Plan(first, tensor, separate=True) for first in (Layout(pp=ranks), Layout(dp=ranks))]
+    for plan in [Plan(tensor, tensor, separate=False)] if policy == "chunked" else pairs:
+        with suppress(LayoutError):
+            check_plan(plan, spec)
+            return plan
+    return Plan.parse(f"D{ranks}->D{ranks}" if policy == "seesaw" else f"D{ranks}")
 
 
 def _places(options: Options, plan: Plan) -> tuple[Place, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,13 +14,17 @@ from seesaw.core.request import CompletionOutput, Request, RequestOutput, TokenL
 from seesaw.core.stats import EngineStats
 from seesaw.execution.base import Executor
 from seesaw.metering import Meter
+from seesaw.rows import Rows
 from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
 from seesaw.scheduling.sequence import Sequence
 from seesaw.text import TextState, Tokenizer
 
 if TYPE_CHECKING:
+    from seesaw.auto import Auto
     from seesaw.deployment import Deployment
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -38,8 +43,18 @@ class Engine:
     ranks. Not thread-safe: one `run` at a time.
     """
 
-    def __init__(self, deployment: Deployment, executor: Executor, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        auto: Auto | None = None,
+    ) -> None:
+        """With `auto`, ranks are started when the first rows are known, and `deployment` is a stand-in until then."""
         self._deployment, self._executor, self._tokenizer = deployment, executor, tokenizer
+        self._auto = auto
+        self._up = auto is None
+        """Whether the ranks have been started."""
         self._scheduler = Scheduler(deployment.scheduler, create_policy(deployment.scheduler))
         self._jobs: dict[int, _Job] = {}
         """By sequence id; the sequences of one request share a job."""
@@ -48,14 +63,22 @@ class Engine:
         self._eos = frozenset(deployment.spec.eos_token_ids) | frozenset(
             tokenizer.eos_token_ids if tokenizer is not None else ()
         )
-        layouts = tuple(str(sharding.layout) for sharding in deployment.shardings)
-        self._meter = Meter(deployment.plan.separate, deployment.memory.mode, layouts)
+        self._meter = Meter(deployment.plan.separate, deployment.memory.mode, _layouts(deployment))
         self._done: list[RequestOutput] = []
         self._broken = False
         """Whether an exception left scheduler and ranks out of step."""
         self._failed = 0
         self._finished = 0
         self._started = time.monotonic()
+        self._start_seconds = 0.0
+        """From the first row until ranks that `auto` chose were ready."""
+        self._change_seconds = 0.0
+        """What the latest start of ranks took."""
+
+    @property
+    def deployment(self) -> Deployment:
+        """What runs at present."""
+        return self._deployment
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -70,13 +93,17 @@ class Engine:
             raise EngineError(
                 "the engine was stopped in the middle of a step and cannot go on; make a new one"
             )
-        source: Iterator[Request] | None = iter(requests)
+        rows = Rows(requests)
+        if self._auto is not None:
+            self._prepare(rows, self._auto)
         try:
             while True:
-                source = self._take_in(source)
+                self._take_in(rows)
                 yield from self._take_done()
-                if source is None and not self._scheduler.unfinished:
+                if rows.ended and not self._scheduler.unfinished:
                     return
+                if self._auto is not None and self._auto.wants_another(self._scheduler):
+                    self._plan_again(rows, self._auto)
                 self._meter.begin()
                 self._submit()
                 self._await()
@@ -88,15 +115,12 @@ class Engine:
             self._broken = True
             raise
 
-    def _take_in(self, source: Iterator[Request] | None) -> Iterator[Request] | None:
-        while source is not None and self._scheduler.wants_requests:
-            request = next(source, None)
-            if request is None:
-                source = None
-            else:
+    def _take_in(self, rows: Rows) -> None:
+        while not rows.ended and self._scheduler.wants_requests:
+            request = next(rows, None)
+            if request is not None:
                 self._add(request)
-        self._scheduler.more_expected = source is not None
-        return source
+        self._scheduler.more_expected = not rows.ended
 
     def _add(self, request: Request) -> None:
         try:
@@ -155,6 +179,8 @@ class Engine:
             for sequence in self._scheduler.complete(completion):
                 self._watch_text(sequence)
         for sequence in self._scheduler.take_finished():
+            if self._auto is not None:
+                self._auto.finished(sequence)
             self._finish(sequence)
 
     def _watch_text(self, sequence: Sequence) -> None:
@@ -232,9 +258,54 @@ class Engine:
         self._scheduler.take_finished()
         self._jobs.clear()
         self._texts.clear()
+        self._rest()
+        self._done.clear()
+
+    def _rest(self) -> None:
+        """Wait until nothing is in flight."""
         while self._scheduler.in_flight:
             self._await()
-        self._done.clear()
+
+    # ---- plan auto ----------------------------------------------------------------------------------------
+
+    def _prepare(self, rows: Rows, auto: Auto) -> None:
+        """Choose the plan by the first rows, unless that was done, and have its ranks up."""
+        began = time.monotonic()
+        wanted = self._deployment if auto.settled and self._up else auto.choose(rows)
+        if rows.ended:
+            return  # there are no rows
+        if not self._up:
+            self._change(wanted, auto)
+            self._start_seconds = time.monotonic() - began
+        elif wanted.setup != self._deployment.setup:
+            self._rest()
+            self._change(wanted, auto)
+
+    def _plan_again(self, rows: Rows, auto: Auto) -> None:
+        """Look for a better plan for what is left, and change over to it."""
+        began = time.monotonic()
+        better = auto.again(self._deployment, self._scheduler, rows.left, self._change_seconds)
+        if better is not None:
+            for action in self._scheduler.retire():
+                self._meter.submitted(action)
+                self._executor.submit(action)
+            self._rest()
+            resting = time.monotonic()
+            self._change(better, auto)
+            self._meter.seconds["transition"] += time.monotonic() - resting
+        logger.debug("planning again took %.2f s", time.monotonic() - began)
+
+    def _change(self, deployment: Deployment, auto: Auto) -> None:
+        """Start the ranks of `deployment` instead of the present ones, and go on with them."""
+        began = time.monotonic()
+        self._up = False
+        auto.start(deployment)
+        self._up = True
+        self._change_seconds = time.monotonic() - began
+        self._deployment = deployment
+        self._scheduler.reconfigure(deployment.scheduler, create_policy(deployment.scheduler))
+        self._meter.separate, self._meter.mode = deployment.plan.separate, deployment.memory.mode
+        self._meter.targets = _layouts(deployment)
 
     # ---- statistics ---------------------------------------------------------------------------------------
 
@@ -244,7 +315,7 @@ class Engine:
         counters = scheduler.counters
         block = self._deployment.spec.kv_bytes_per_token(self._deployment.dtype) * scheduler.config.block_size
         return EngineStats(
-            plan=str(self._deployment.plan),
+            plan=str(self._deployment.plan) if self._up else "auto",
             phase=meter.activity if scheduler.unfinished else "idle",
             requests_waiting=len(scheduler.waiting),
             requests_running=sum(replica.resident for replica in scheduler.replicas),
@@ -258,6 +329,7 @@ class Engine:
             rank_host_seconds=dict(meter.rank_host_seconds),
             steps=dict(meter.steps),
             phase_tokens=dict(meter.tokens),
+            start_seconds=self._start_seconds,
             transitions=tuple(meter.transitions),
             swapped_out_bytes=meter.swapped_out_bytes,
             swapped_in_bytes=meter.swapped_in_bytes,
@@ -270,3 +342,7 @@ class Engine:
             host_kv_peak_bytes=scheduler.host.peak * block,
             host_kv_budget_bytes=self._deployment.host_kv,
         )
+
+
+def _layouts(deployment: Deployment) -> tuple[str, ...]:
+    return tuple(str(sharding.layout) for sharding in deployment.shardings)

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from seesaw.core.actions import Action, Completion
+from seesaw.core.errors import EngineError
 from seesaw.deployment import Deployment
 from seesaw.execution.local import LocalExecutor
 from seesaw.execution.messages import ShardingMessage, WorkerConfig
@@ -16,25 +18,79 @@ from seesaw.weights.sharding import Sharding
 from seesaw.weights.store import HostWeightStore
 
 
-def start_local(deployment: Deployment) -> LocalExecutor:
-    """Make the shared host memory, start one worker per rank, wait until all are ready.
+def start_local(deployment: Deployment) -> LocalNode:
+    """The started ranks of `deployment`. Raises `StartupError` or `WorkerError`; nothing is left behind then."""
+    node = LocalNode()
+    try:
+        node.start(deployment)
+    except BaseException:
+        node.close()
+        raise
+    return node
 
-    Raises `StartupError` or `WorkerError`; nothing is left behind then.
+
+class LocalNode:
+    """The executor of this node: its ranks, and the host memory that they share.
+
+    The ranks can be replaced by those of another plan; the host buffer and random weights stay. Owns both.
     """
-    spec, memory = deployment.spec, deployment.memory
-    host_buffer = None
-    if memory.host_blocks:
-        host_buffer = HostBuffer.create(
-            blocks=memory.host_blocks,
-            layers=spec.layers,
-            kv_heads=spec.kv_heads,
-            block_size=deployment.options.block_size,
-            head_dim=spec.head_dim,
-            dtype=getattr(torch, deployment.dtype),
-        )
-    store = None
-    if deployment.dummy:
-        store = HostWeightStore.dummy(spec, deployment.dtype, deployment.options.seed)
+
+    def __init__(self) -> None:
+        self._ranks: LocalExecutor | None = None
+        self._host_buffer: HostBuffer | None = None
+        self._store: HostWeightStore | None = None
+        self._closed = False
+
+    def start(self, deployment: Deployment) -> None:
+        """End the present ranks, if there are any, start those of `deployment`, and wait until all are ready.
+
+        Model, type, host blocks and block size are the same in all calls. Raises `StartupError` or `WorkerError` if
+        the ranks do not come up: the host memory stands until `close`, and `start` may be called again.
+        """
+        if self._closed:
+            raise EngineError("the engine has been closed; make a new one")
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
+        self._reserve(deployment)
+        self._ranks = _start_ranks(deployment, self._host_buffer, self._store)
+
+    def submit(self, action: Action) -> None:
+        """See `Executor`."""
+        assert self._ranks is not None, "the ranks have not been started"
+        self._ranks.submit(action)
+
+    def wait(self) -> list[Completion]:
+        """See `Executor`."""
+        assert self._ranks is not None, "the ranks have not been started"
+        return self._ranks.wait()
+
+    def close(self) -> None:
+        """End the ranks and free the host memory. May be called twice."""
+        self._closed = True
+        for owned in (self._ranks, self._host_buffer, self._store):
+            if owned is not None:
+                owned.close()
+
+    def _reserve(self, deployment: Deployment) -> None:
+        """Make the shared host memory, the first time."""
+        spec, memory = deployment.spec, deployment.memory
+        if memory.host_blocks and self._host_buffer is None:
+            self._host_buffer = HostBuffer.create(
+                blocks=memory.host_blocks,
+                layers=spec.layers,
+                kv_heads=spec.kv_heads,
+                block_size=deployment.options.block_size,
+                head_dim=spec.head_dim,
+                dtype=getattr(torch, deployment.dtype),
+            )
+        if deployment.dummy and self._store is None:
+            self._store = HostWeightStore.dummy(spec, deployment.dtype, deployment.options.seed)
+
+
+def _start_ranks(
+    deployment: Deployment, host_buffer: HostBuffer | None, store: HostWeightStore | None
+) -> LocalExecutor:
     shardings = list(deployment.shardings[: 2 if deployment.plan.reshards else 1])
     transport, region = _transport(deployment)
     configs = [
@@ -42,7 +98,7 @@ def start_local(deployment: Deployment) -> LocalExecutor:
         for rank in range(deployment.plan.world)
     ]
     try:
-        return LocalExecutor(configs, list(deployment.shardings), host_buffer=host_buffer, store=store)
+        return LocalExecutor(configs, list(deployment.shardings))
     finally:
         if region >= 0:
             os.close(region)  # the ranks have mapped it

@@ -10,13 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+from seesaw.auto import auto_for
 from seesaw.core.errors import ConfigError, RequestError
 from seesaw.core.request import Request, RequestOutput
 from seesaw.core.sampling import SamplingParams
 from seesaw.core.stats import EngineStats
 from seesaw.deployment import Deployment, Options, resolve
 from seesaw.engine import Engine
-from seesaw.launch import start_local
+from seesaw.launch import LocalNode
+from seesaw.rows import Counted
 from seesaw.text import Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -33,6 +35,10 @@ class LLM:
     Arguments are those of `seesaw.deployment.Options`, and `tokenizer`: a path if it is not the model's own,
     False for none (prompts are token ids then). Raises a `ConfigError` before any worker starts if they cannot
     be used, `StartupError` or `WorkerError` if the workers do not come up.
+
+    With `plan="auto"`, the default, and a profile of this machine (`seesaw profile`), the workers start when the
+    first rows are known: the planner chooses by their lengths, and may change the plan while a job runs if others
+    turn out very different. Tokens do not depend on it.
     """
 
     def __init__(self, model: str | Path, *, tokenizer: str | Path | bool = True, **options: Any) -> None:
@@ -45,24 +51,30 @@ class LLM:
         started = time.monotonic()
 
         fork_server()  # it imports torch while this process reads config and tokeniser
-        self._deployment: Deployment = resolve(Options(model=str(model), **options))
+        deployment = resolve(Options(model=str(model), **options))
         self.tokenizer = _load_tokenizer(str(model), tokenizer)
-        self._executor = start_local(self._deployment)
+        self._node = LocalNode()
         # at exit too, and before the interpreter is taken down, which `__del__` would not be
-        weakref.finalize(self, self._executor.close)
-        self._engine = Engine(self._deployment, self._executor, self.tokenizer)
+        self._close = weakref.finalize(self, self._node.close)
+        auto = auto_for(deployment, self._node.start)
+        self._engine = Engine(deployment, self._node, self.tokenizer, auto)
+        if auto is None:
+            self._start(deployment)
         self._start_seconds = time.monotonic() - started
         self._requests = 0
 
     @property
     def deployment(self) -> Deployment:
-        """The plan, shardings and memory that were chosen."""
-        return self._deployment
+        """The plan, shardings and memory that were chosen; of plan `auto`, before its first rows, by rule."""
+        return self._engine.deployment
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a sequence, prompt included."""
-        return self._deployment.memory.max_model_len
+        """Most tokens of a sequence, prompt included.
+
+        Where it was not asked for and memory bounds it, the plan that `auto` chooses may lower it.
+        """
+        return self.deployment.memory.max_model_len
 
     def generate(
         self,
@@ -79,7 +91,7 @@ class LLM:
         requests = self._make_requests(several, sampling_params)
         if isinstance(several, Sequence):
             return self._generate_list(list(requests))
-        return self._in_order(requests)
+        return self._in_order(requests, several)
 
     def chat(
         self,
@@ -107,11 +119,19 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Where the engine stands: rows, tokens, phase, memory, transitions."""
-        return replace(self._engine.stats(), start_seconds=self._start_seconds)
+        stats = self._engine.stats()
+        return replace(stats, start_seconds=self._start_seconds + stats.start_seconds)
 
     def close(self) -> None:
         """End the workers and free their memory. May be called twice."""
-        self._executor.close()
+        self._close()
+
+    def _start(self, deployment: Deployment) -> None:
+        try:
+            self._node.start(deployment)
+        except BaseException:
+            self._close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -124,14 +144,15 @@ class LLM:
     # ---- requests -----------------------------------------------------------------------------------------
 
     def _generate_list(self, requests: list[Request]) -> list[RequestOutput]:
-        outputs = list(self._in_order(iter(requests)))
+        outputs = list(self._in_order(iter(requests), requests))
         for number, output in enumerate(outputs):
             if output.error is not None:
                 error = output.error
                 raise RequestError(f"prompt {number}: {error}", code=error.code, param=error.param)
         return outputs
 
-    def _in_order(self, requests: Iterator[Request]) -> Iterator[RequestOutput]:
+    def _in_order(self, requests: Iterator[Request], of: Iterable[object]) -> Iterator[RequestOutput]:
+        """Outputs in the order of `requests`, which are made of the items of `of`."""
         order: list[str] = []
 
         def noted() -> Iterator[Request]:
@@ -141,7 +162,7 @@ class LLM:
 
         held: dict[str, RequestOutput] = {}
         position = 0
-        for output in self.run(noted()):
+        for output in self.run(Counted(noted(), of)):
             held[output.request_id] = output
             while position < len(order) and order[position] in held:
                 yield held.pop(order[position])

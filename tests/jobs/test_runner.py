@@ -6,7 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, islice, pairwise
+from operator import length_hint
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,25 @@ def test_input_may_be_a_pipe(tmp_path: Path) -> None:
     summary = run_job(EchoEngine(), JobOptions(input=pipe, output=tmp_path / "out.jsonl", model="m"))
     feeder.join()
     assert summary.rows_answered == 9
+
+
+class Looking(EchoEngine):
+    """Looks ahead by 4 rows, and notes how many it is told that are left."""
+
+    left = -1
+
+    def run(self, requests: Iterator[Request], /) -> Iterator[RequestOutput]:
+        ahead = list(islice(requests, 4))
+        self.left = length_hint(requests, -1)
+        return super().run(chain(ahead, requests))
+
+
+@pytest.mark.parametrize(("limit", "left"), [(None, 96), (40, 36), (4, 0)])
+def test_the_engine_is_told_about_how_many_rows_are_left(
+    limit: int | None, left: int, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"".join(b'{"id": "%03d", "prompt": "abc"}\n' % i for i in range(100)))
+    engine = Looking()
+    summary = run_job(engine, JobOptions(input=source, model="m", limit=limit))
+    assert engine.left == left and summary.rows_answered == (limit or 100)

@@ -47,7 +47,7 @@ DTypes = Annotated[
 Output = Annotated[
     Path | None,
     typer.Option(
-        help="Where the profile goes; by default $SEESAW_PROFILE or the cache folder, where the planner looks for it.",
+        help="Where the profile goes; by default $SEESAW_PROFILE or the cache folder; the planner looks there.",
         metavar="FILE",
     ),
 ]

@@ -77,7 +77,9 @@ def _memory(spec: HardwareSpec) -> Table:
         ("device to host", spec.to_host, spec.node_to_host),
     ):
         table.add_row(f"{name}, GB/s", f"{alone / 1e9:.1f}", f"{together / 1e9:.1f}")
-    table.add_row("within a device, GB/s", "", f"{spec.device_copy * spec.ranks / 1e9:.1f}")
+    if spec.fetch is not None:
+        table.add_row("weights from the host, GB/s", "", f"{spec.fetch * spec.ranks / 1e9:.1f}")
+    table.add_row("weights within a device, GB/s", "", f"{spec.device_copy * spec.ranks / 1e9:.1f}")
     activations = spec.activation_bandwidth or spec.bandwidth
     table.add_row("norms and the like, GB/s", "", f"{activations * spec.ranks / 1e9:.1f}")
     table.add_row("an operator, us", f"{spec.operator_overhead * 1e6:.1f}", "")

@@ -38,9 +38,7 @@ from seesaw.execution.messages import (
     TransitionAck,
     WorkerConfig,
 )
-from seesaw.kv.host_buffer import HostBuffer
 from seesaw.weights.sharding import Sharding
-from seesaw.weights.store import HostWeightStore
 
 logger = logging.getLogger(__name__)
 
@@ -70,21 +68,13 @@ class _Rank:
 class LocalExecutor:
     """Starts the workers, hands actions out and gathers acknowledgements.
 
-    Owns the worker processes and the sockets; `host_buffer` and `store` are given to it and closed with it.
+    Owns the worker processes and the sockets; the host memory that the workers share is its caller's.
     Nothing of all this has a name in the file system but a directory in which the ranks meet, removed when
     they are up; the kernel frees the rest with the processes.
     """
 
-    def __init__(
-        self,
-        configs: list[WorkerConfig],
-        shardings: list[Sharding],
-        *,
-        host_buffer: HostBuffer | None,
-        store: HostWeightStore | None,
-    ) -> None:
+    def __init__(self, configs: list[WorkerConfig], shardings: list[Sharding]) -> None:
         self._configs, self._shardings = configs, shardings
-        self._host_buffer, self._store = host_buffer, store
         self._current = 0
         self._pending: dict[int, _Pending] = {}
         self._forwards_out = 0
@@ -156,10 +146,6 @@ class LocalExecutor:
             rank.inbox.close(linger=0)
         self._outbox.close(linger=0)
         self._context.term()
-        if self._host_buffer is not None:
-            self._host_buffer.close()
-        if self._store is not None:
-            self._store.close()
 
     def _await_exit(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -24,7 +24,8 @@ class JobEngine(Protocol):
     """What a job needs of `seesaw.LLM`.
 
     `run` pulls requests lazily and boundedly, on any one thread, and yields each exactly once when it is
-    finished. `stats` may be called from another thread while `run` is being iterated.
+    finished; the iterator may have a length hint (`operator.length_hint`).
+    `stats` may be called from another thread while `run` is being iterated.
     """
 
     @property

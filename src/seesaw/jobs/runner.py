@@ -101,6 +101,8 @@ class _Run:
     options: JobOptions
     source: BinaryIO
     _pending: dict[str, _Pending] = field(default_factory=dict)
+    _rows: int = 0
+    """Read so far."""
     _started: float = field(default_factory=time.monotonic)
     _writer: JobWriter = field(init=False)
 
@@ -127,7 +129,7 @@ class _Run:
         return self._summary(interrupted)
 
     def _answer_all(self) -> None:
-        outputs = self.engine.run(self._requests())
+        outputs = self.engine.run(_Expected(self._requests(), self._left))
         try:
             self._take(outputs)
         finally:
@@ -148,11 +150,23 @@ class _Run:
                 f"the engine ended without an answer to {len(self._pending)} rows; this is a bug"
             )
 
+    def _left(self) -> int | None:
+        """Rows that are still to be read, if they go on as they were so far; None where that says nothing."""
+        try:
+            size, position = os.fstat(self.source.fileno()).st_size, self.source.tell()
+        except OSError:  # a pipe
+            return None
+        if not self._rows:
+            return None
+        left = round(self._rows * max(0, size - position) / max(1, position))
+        return left if self.options.limit is None else min(left, self.options.limit - self._rows)
+
     def _requests(self) -> Iterator[Request]:
         names = ModelNames(self.options.model, self.options.served_model_name)
         maker = RequestMaker(self.engine.tokenizer, self.engine.max_model_len, names)
         try:
             for row in islice(read_rows(self.source), self.options.limit):
+                self._rows += 1
                 if isinstance(row, RowFailure):
                     self._writer.fail(row)
                 else:
@@ -206,6 +220,20 @@ class _Run:
             errors=errors if writer.failed else None,
             stats=self.engine.stats(),
         )
+
+
+class _Expected(Iterator[Request]):
+    """Requests, with a length hint for an engine that plans ahead."""
+
+    def __init__(self, requests: Iterator[Request], left: Callable[[], int | None]) -> None:
+        self._requests, self._left = requests, left
+
+    def __next__(self) -> Request:
+        return next(self._requests)
+
+    def __length_hint__(self) -> int:
+        left = self._left()
+        return NotImplemented if left is None else left
 
 
 class _Ticker:

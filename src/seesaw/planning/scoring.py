@@ -54,7 +54,7 @@ class SearchOptions:
     overlap: bool = True
     replays: int = 4
     """Plans to replay, the best of one layout always among them."""
-    replayed_tokens: int = 400_000
+    replayed_tokens: int = 300_000
     """Output tokens of all replays together, a Forward counting as `FORWARD_IN_TOKENS` more: bounds the time of a
     search. A longer job is replayed in part."""
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from math import inf
 from typing import cast
 
+import msgspec
 import numpy as np
 
 from seesaw.core.actions import DECODE
@@ -61,7 +62,7 @@ def search(
             for one in scored
             if one.plan not in done and str(one.plan) not in scorer.refused
         ),
-        bound=bound(model, hardware, workload, dtype, max_resident_tokens=None),
+        bound=bound(model, _with_memory(hardware, options), workload, dtype, max_resident_tokens=None),
         refused=tuple(scorer.refused.items()),
         considered=scorer.considered,
     )
@@ -153,6 +154,11 @@ class _Replayer:
             self._scorer.model, self._scorer.hardware, statistics(self._sample), self._scorer.dtype, options
         )
         return one.estimate.seconds / next(of_sample.scored()).estimate.seconds
+
+
+def _with_memory(hardware: HardwareSpec, options: SearchOptions) -> HardwareSpec:
+    """With no less memory than the plans may use: on CPU ranks a user may give more than was profiled."""
+    return msgspec.structs.replace(hardware, memory=max(hardware.memory, options.device_memory))
 
 
 def _sample(workload: Workload, options: SearchOptions, best: Scored) -> Workload:

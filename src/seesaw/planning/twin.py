@@ -304,7 +304,7 @@ def _transitions(
     world, mode = setup.plan.world, setup.memory.mode
     fetched, seconds = [0, 0], [[0.0] * world, [0.0] * world]
     if setup.plan.reshards and mode != "resident":
-        each = min(hardware.to_device, hardware.node_to_device / world)
+        each = hardware.fetch or min(hardware.to_device, hardware.node_to_device / world)
         for target in (PREFILL, DECODE):
             old = setup.shardings[1 - target] if mode == "delta" else None
             changes = footprint(setup.model).changes(old, setup.shardings[target])
