@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from seesaw.core.hardware import Curve
+from seesaw.core.errors import ConfigError
+from seesaw.core.hardware import Curve, TypeCurves
 from seesaw.core.layout import Layout
 from seesaw.core.moe import MoESpec
 from seesaw.planning.cost import Cost, LayoutCost, Work
-from tests.planning.machines import hardware, line, model
+from tests.planning.machines import FLAT, hardware, line, model
 
 LAYER = 1024 * 2048 + 1024 * 1024 + 3 * 1024 * 2816  # elements of a layer's matrices
 HEAD = 1024 * 32000
@@ -76,7 +77,7 @@ def test_attention_goes_by_the_work_of_one_rank() -> None:
     }
     for layout, ranks, prefill, decode in (("T1", 1, 0.5, 0.8), ("T4", 4, 0.25, 0.2)):
         found = cost(layout, [8], **curves)
-        prompts = found.stage(0, Work(tokens=4096, sampled=8, pairs=1e6)).attention
+        prompts = found.stage(0, Work(tokens=4096, sampled=4096, pairs=1e6)).attention
         steps = found.stage(0, Work(tokens=64, sampled=64, keys=1e5)).attention
         assert prompts == pytest.approx(8 * flops / ranks / (1e12 * prefill))
         assert steps == pytest.approx(8 * moved / ranks / (1e10 * decode))
@@ -132,11 +133,11 @@ def test_quantised_layers_stream_faster_but_not_the_head() -> None:
 def test_experts_are_read_as_far_as_tokens_touch_them() -> None:
     moe = MoESpec(experts=64, experts_per_token=4, expert_ffn=512, sparse=tuple(range(8)))
     sparse = LayoutCost(replace(model(), moe=moe), hardware(), Layout(), [8])
-    expert, attention = 3 * 1024 * 512, 1024 * 2048 + 1024 * 1024
+    expert, attention, router = 3 * 1024 * 512, 1024 * 2048 + 1024 * 1024, 1024 * 64
     one = sparse.stage(0, Work(tokens=1, sampled=1))
-    assert one.weights == pytest.approx((8 * (attention + 4 * expert) + HEAD) * 2 / 1e10)
+    assert one.weights == pytest.approx((8 * (attention + router + 4 * expert) + HEAD) * 2 / 1e10)
     many = sparse.stage(0, Work(tokens=1 << 16, sampled=1 << 16))
-    flops = 2 * (1 << 16) * (8 * (attention + 4 * expert) + HEAD)
+    flops = 2 * (1 << 16) * (8 * (attention + router + 4 * expert) + HEAD)
     assert many.arithmetic == pytest.approx(flops / 1e12)
 
 
@@ -158,3 +159,46 @@ def test_better_hardware_is_never_slower(work: Work) -> None:
 def test_costs_add_up() -> None:
     one = Cost(weights=1.0, attention=2.0, overhead=0.5)
     assert (one + one).seconds == one.times(2.0).seconds == 7.0
+
+
+def test_a_last_layer_asks_only_where_something_is_sampled() -> None:
+    work = Work(tokens=1024, sampled=4, pairs=4 * 256 * 257 / 2)
+    one, eight = cost("T1", [1]).stage(0, work), cost("T1", [8]).stage(0, work)
+    whole = 4 * 16 * 64 * work.pairs / 1e12
+    assert one.attention == pytest.approx(2 * 8 * 64 * 1024 * 2 / 1e10)  # keys of four prompts are read
+    assert eight.attention == pytest.approx(7 * whole + one.attention)
+
+
+def test_figures_of_the_type_come_before_the_common_ones() -> None:
+    own = TypeCurves(
+        product=Curve((1.0,), (0.5,)),
+        prefill_attention=FLAT,
+        decode_attention=FLAT,
+        token_of_query=1e-9,
+        token_of_kv=2e-9,
+    )
+    common, typed = cost("T2", [8]), cost("T2", [8], by_type={"bfloat16": own})
+    work = Work(tokens=1024, sampled=1024, pairs=1e5)
+    assert typed.stage(0, work).arithmetic == pytest.approx(2 * common.stage(0, work).arithmetic)
+    extra = typed.stage(0, work).attention - common.stage(0, work).attention
+    assert extra == pytest.approx(8 * 1024 * 64 * (8 * 1e-9 + 4 * 2e-9))
+
+
+def test_a_curve_measured_where_memory_bounds_still_counts_as_weights() -> None:
+    slow = cost("T1", [8], product=Curve((1.0, 64.0, 1024.0), (0.001, 0.5, 1.0)))
+    step = slow.stage(0, Work(tokens=1, sampled=1))
+    assert step.arithmetic == 0.0
+    assert step.weights == pytest.approx(2 * (8 * LAYER + HEAD) / (1e12 * 0.001))
+
+
+def test_layers_and_activations_have_figures_of_their_own() -> None:
+    work = Work(tokens=8, sampled=8)
+    plain = cost("P2", [4, 4]).stage(0, work)
+    taxed = cost("P2", [4, 4], layer_overhead=1e-4, activation_bandwidth=2.5e9).stage(0, work)
+    assert taxed.overhead == pytest.approx(4e-4)
+    assert taxed.activations == pytest.approx(4 * plain.activations)
+
+
+def test_a_type_that_was_not_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no figures for float16.*--dtype float16"):
+        LayoutCost(model(), hardware(), Layout(), [8], "float16")

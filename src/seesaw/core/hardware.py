@@ -43,6 +43,16 @@ class Curve(msgspec.Struct, frozen=True):
         return exp(y0 + (y1 - y0) * (log(size) - x0) / (x1 - x0))
 
 
+class TypeCurves(msgspec.Struct, frozen=True, kw_only=True):
+    """How operators behave with one type of operands. Fields of `HardwareSpec` of the same name say what they are."""
+
+    product: Curve
+    prefill_attention: Curve
+    decode_attention: Curve
+    token_of_query: float = 0.0
+    token_of_kv: float = 0.0
+
+
 class HardwareSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A node of equal ranks. Units are bytes, seconds, flops and bytes per second; rates are of one rank."""
 
@@ -68,7 +78,7 @@ class HardwareSpec(msgspec.Struct, frozen=True, kw_only=True):
     decode_attention: Curve
     """Share of `bandwidth` at which decode attention reads KV, by bytes of K and V read in one layer by one rank."""
     operator_overhead: float
-    """Seconds that each operator costs beside its work."""
+    """Seconds that each operator costs beside its work, as it is found in a step: others had the caches before."""
     step_overhead: float
     """Seconds that each Forward costs a stage beside its operators."""
     all_reduce: dict[int, Curve]
@@ -83,5 +93,28 @@ class HardwareSpec(msgspec.Struct, frozen=True, kw_only=True):
     node_to_host: float
     device_copy: float
     """Bytes copied within a device, each of which is read and written."""
+    fetch: float | None = None
+    """At which a rank gets weights from the host while all do; None is `to_device`, or its share of the node's."""
+    layer_overhead: float = 0.0
+    """Seconds that each layer costs a stage beside its operators."""
+    activation_bandwidth: float | None = None
+    """At which norms, rotation and the like read and write activations; None is `bandwidth`."""
+    token_of_query: float = 0.0
+    """Seconds of attention for each new token and channel of the rank's queries (heads x head_dim), whatever the
+    context."""
+    token_of_kv: float = 0.0
+    """The same by channels of K: writing K and V into the pool, bringing them into the kernel's order."""
+    by_type: dict[str, TypeCurves] = {}
+    """Curves of single types, where they are known; those above hold for all others."""
     sources: dict[str, str] = {}
     """Where each figure comes from, by field."""
+
+    def curves(self, dtype: str) -> TypeCurves:
+        """How operators behave with operands of `dtype`."""
+        return self.by_type.get(dtype) or TypeCurves(
+            product=self.product,
+            prefill_attention=self.prefill_attention,
+            decode_attention=self.decode_attention,
+            token_of_query=self.token_of_query,
+            token_of_kv=self.token_of_kv,
+        )

@@ -11,9 +11,10 @@ tensor-parallel rank, which holds the most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
-from seesaw.core.hardware import HardwareSpec
+from seesaw.core.errors import ConfigError
+from seesaw.core.hardware import HardwareSpec, TypeCurves
 from seesaw.core.layout import Layout
 from seesaw.planning.shapes import PlannedModel
 
@@ -41,14 +42,35 @@ class Cost:
     @property
     def seconds(self) -> float:
         """All of it."""
-        return float(sum(astuple(self)))
+        return (
+            self.weights
+            + self.arithmetic
+            + self.attention
+            + self.activations
+            + self.all_reduce
+            + self.overhead
+        )
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Cost(
+            self.weights + other.weights,
+            self.arithmetic + other.arithmetic,
+            self.attention + other.attention,
+            self.activations + other.activations,
+            self.all_reduce + other.all_reduce,
+            self.overhead + other.overhead,
+        )
 
     def times(self, factor: float) -> Cost:
         """So many of it."""
-        return Cost(*(factor * value for value in astuple(self)))
+        return Cost(
+            factor * self.weights,
+            factor * self.arithmetic,
+            factor * self.attention,
+            factor * self.activations,
+            factor * self.all_reduce,
+            factor * self.overhead,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +108,18 @@ class LayoutCost:
     """Type that products are computed in; activations have it too."""
     _rows: dict[tuple[int, int, int], Cost] = field(default_factory=dict)
     """What depends on rows alone, by stage, tokens and sampled sequences: steps repeat themselves."""
+    _curves: TypeCurves = field(init=False)
+    _full_rate: float = field(init=False)
+    """Flops per second of products with as many rows as it takes."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in self.hardware.flops:
+            raise ConfigError(
+                f"the hardware {self.hardware.name} has no figures for {self.dtype}, only for "
+                f"{', '.join(self.hardware.flops)}; if it is this machine, run `seesaw profile --dtype {self.dtype}`"
+            )
+        self._curves = self.hardware.curves(self.dtype)
+        self._full_rate = self.hardware.flops[self.dtype] * self._curves.product.values[-1]
 
     def stage(self, index: int, work: Work) -> Cost:
         """One Forward on stage `index`."""
@@ -93,8 +127,11 @@ class LayoutCost:
         fixed = self._rows.get(key)
         if fixed is None:
             fixed = self._rows[key] = self._by_rows(*key)
-        layers = self.stages[index] - (self._is_last(index) and not work.sampled)
-        return fixed + Cost(attention=layers * self._attention(work))
+        layers, seconds = self.stages[index], self._attention(work)
+        if not self._is_last(index) or work.sampled == work.tokens:
+            return fixed + Cost(attention=layers * seconds)
+        last = self._attention(_asking(work)) if work.sampled else 0.0
+        return fixed + Cost(attention=(layers - 1) * seconds + last)
 
     def hand_over(self, tokens: int) -> float:
         """Seconds from one stage's end of a Forward until the next one has its activations."""
@@ -125,7 +162,8 @@ class LayoutCost:
         reduced = self._all_reduce(tokens)
         count = 2 * self.stages[index] - 2 * last + (index == 0)  # the embedding is summed as well
         total += Cost(all_reduce=count * reduced + (2 * self._all_reduce(sampled) if last else 0.0))
-        return total + Cost(overhead=self.hardware.step_overhead)
+        overhead = self.hardware.step_overhead + self.stages[index] * self.hardware.layer_overhead
+        return total + Cost(overhead=overhead)
 
     def _layer(self, tokens: int, rows: int) -> Cost:
         """A layer but its attention: `tokens` rows of K and V, `rows` of everything else."""
@@ -144,7 +182,8 @@ class LayoutCost:
         width = 8 * spec.hidden + 3 * (heads + 2 * kv)
         moved = rows * (width + 3 * -(-spec.ffn // tp)) * self._activation_bytes
         overhead = _SMALL_OPERATORS * self.hardware.operator_overhead
-        return total + Cost(activations=moved / self.hardware.bandwidth, overhead=overhead)
+        bandwidth = self.hardware.activation_bandwidth or self.hardware.bandwidth
+        return total + Cost(activations=moved / bandwidth, overhead=overhead)
 
     def _feed_forward(self, rows: int) -> Cost:
         spec, moe, tp = self.model.spec, self.model.moe, self.layout.tp
@@ -154,6 +193,7 @@ class LayoutCost:
         share = moe.sparse_layers / spec.layers
         touched = moe.experts * (1.0 - (1.0 - moe.experts_per_token / moe.experts) ** rows)
         sparse = self._two_products(-(-moe.expert_ffn // tp), rows, touched, moe.experts_per_token)
+        sparse += self._product(_Product(spec.hidden, moe.experts, self._head_bits), rows)
         if moe.shared_ffn:
             sparse += self._two_products(-(-moe.shared_ffn // tp), rows, 1.0)
         return sparse.times(share) + dense.times(1.0 - share)
@@ -168,23 +208,25 @@ class LayoutCost:
     def _product(self, weight: _Product, rows: int, read: float = 1.0, per_token: int = 1) -> Cost:
         hardware, elements = self.hardware, weight.depth * weight.columns
         each = rows * per_token / read  # rows that one copy of the weight meets
-        rate = hardware.flops[self.dtype] * hardware.product(each)
-        arithmetic = 2.0 * rows * per_token * elements / rate
+        flops = 2.0 * rows * per_token * elements
+        arithmetic = flops / (hardware.flops[self.dtype] * self._curves.product(each))
         streaming = read * elements * weight.bits / 8 / hardware.bandwidth
-        if streaming >= arithmetic:
-            return Cost(weights=streaming, overhead=hardware.operator_overhead)
+        if streaming >= flops / self._full_rate:  # a measured curve falls short of it where memory bounds
+            return Cost(weights=max(streaming, arithmetic), overhead=hardware.operator_overhead)
         return Cost(arithmetic=arithmetic, overhead=hardware.operator_overhead)
 
     def _attention(self, work: Work) -> float:
         """One layer's."""
-        spec, hardware, tp = self.model.spec, self.hardware, self.layout.tp
-        seconds = hardware.operator_overhead
+        spec, hardware, curves, tp = self.model.spec, self.hardware, self._curves, self.layout.tp
+        heads, kv_heads = -(-spec.heads // tp), -(-spec.kv_heads // tp)
+        each = (heads * curves.token_of_query + kv_heads * curves.token_of_kv) * spec.head_dim
+        seconds = hardware.operator_overhead + work.tokens * each
         if work.pairs:
-            flops = 4.0 * -(-spec.heads // tp) * spec.head_dim * work.pairs
-            seconds += flops / (hardware.flops[self.dtype] * hardware.prefill_attention(flops))
+            flops = 4.0 * heads * spec.head_dim * work.pairs
+            seconds += flops / (hardware.flops[self.dtype] * curves.prefill_attention(flops))
         if work.keys:
-            moved = 2.0 * -(-spec.kv_heads // tp) * spec.head_dim * work.keys * self.model.kv_bits / 8
-            seconds += moved / (hardware.bandwidth * hardware.decode_attention(moved))
+            moved = 2.0 * kv_heads * spec.head_dim * work.keys * self.model.kv_bits / 8
+            seconds += moved / (hardware.bandwidth * curves.decode_attention(moved))
         return seconds
 
     def _all_reduce(self, rows: int) -> float:
@@ -193,3 +235,11 @@ class LayoutCost:
         return self.hardware.all_reduce[self.layout.tp](
             rows * self.model.spec.hidden * self._activation_bytes
         )
+
+
+def _asking(work: Work) -> Work:
+    """The attention of a last layer of whose tokens some are sampled: only these ask, so prompts read keys as well.
+
+    A prompt is taken to have been fed whole; what earlier chunks left of it would be read besides.
+    """
+    return Work(tokens=work.tokens, sampled=work.sampled, keys=work.keys + work.tokens)

@@ -248,7 +248,7 @@ class Scorer:
         """Of a rank's new weights it keeps what both layouts give it at best."""
         hardware, new, old = self.hardware, plan.decode, plan.prefill
         share = 1 / (new.pp * new.tp) - 1 / (max(new.pp, old.pp) * max(new.tp, old.tp))
-        rate = min(hardware.to_device, hardware.node_to_device / hardware.ranks)
+        rate = hardware.fetch or min(hardware.to_device, hardware.node_to_device / hardware.ranks)
         return Traffic(
             to_host=min(hardware.node_to_host, hardware.to_host * hardware.ranks),
             to_device=min(hardware.node_to_device, hardware.to_device * hardware.ranks),

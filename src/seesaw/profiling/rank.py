@@ -1,0 +1,190 @@
+"""One rank's process: `python -m seesaw.profiling.rank`, told what it is by the first line of its input.
+
+Answers JSON lines: `prepare` sets a measurement up, `run` carries it out and answers with seconds (of a copy, for
+each byte), or null where the rank has no part in it. So all ranks prepare first, and measure at the same time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from seesaw.core.node import Place
+
+if TYPE_CHECKING:
+    from seesaw.profiling.clock import Span
+    from seesaw.profiling.links import Links
+
+
+class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank is told at its start."""
+
+    rank: int
+    world: int
+    place: Place
+    device: str
+    threads: int
+    transport: str
+    transport_region: str
+    """Path of the transport's shared memory; empty for none."""
+    rendezvous: str
+    group_sizes: list[int]
+    memory: int
+    """Bytes that operands are cut from."""
+
+
+Measurement = Callable[["Span"], float | None]
+_WINDOW, _LONG_WINDOW = 0.002, 0.016
+"""Seconds. The long one is for ranks in control groups: it lasts several periods of a quota that these may have, so
+that it holds its share of their pauses."""
+_AFTER_OTHERS = ("attention", "activations", "tiny")
+"""What is measured as it is found in a step: after an operator that needed the caches."""
+_LEAD = 0.003
+"""Seconds from being told to measure until all ranks have begun."""
+
+
+class Rank:
+    """Prepares measurements. Makes the transport when all ranks ask for a link, and memory at first use."""
+
+    def __init__(self, config: RankConfig) -> None:
+        from seesaw.profiling.operands import Operands
+
+        self._config = config
+        cuda = config.device.startswith("cuda")
+        self._operands = Operands(config.memory, config.device)
+        self._host = Operands(config.memory, "cpu", pinned=cuda)
+        self._links: Links | None = None
+        self._stack = ExitStack()
+        """What the measurement prepared holds."""
+
+    def prepare(self, op: str, arguments: dict[str, Any]) -> Measurement:
+        """Set the measurement `op` up; the one before is dropped."""
+        self._stack.close()
+        if op == "all_reduce":
+            links, before = self._get_links(), self._evicting(arguments["dtype"])
+            return lambda span: links.all_reduce(span, before, **arguments)
+        if op == "send":
+            links = self._get_links()
+            return lambda span: links.send(span, **arguments)
+        from seesaw.profiling.clock import own_clock, seconds_per_call, told
+
+        if op == "step":
+            from seesaw.profiling.steps import step_rest
+
+            step = step_rest(device=self._config.device, clock=own_clock(self._by_clock), **arguments)
+            rest = self._stack.enter_context(step)
+            return lambda span: told(rest, span)
+        if op == "reshard":
+            from seesaw.profiling.copies import reshard_seconds
+
+            changes = reshard_seconds(
+                device=self._config.device, clock=own_clock(self._by_clock), **arguments
+            )
+            change = self._stack.enter_context(changes)
+            return lambda span: told(change, span)
+        others = self._evicting(arguments["dtype"]) if op in _AFTER_OTHERS else None
+        calls, amount = self._calls(op, arguments)
+        return lambda span: seconds_per_call(calls, self._config.device, span, others) / amount
+
+    def span(self, told: float, budget: float) -> Span:
+        """When to measure for `budget` seconds, having been told so at `told`."""
+        from seesaw.profiling.clock import Span
+
+        start = told + _LEAD
+        quota = bool(self._config.place.cgroups)
+        window = _LONG_WINDOW if quota else _WINDOW
+        return Span(start=start, end=start + budget, window=window, by_clock=self._by_clock)
+
+    def close(self) -> None:
+        """Give the transport up."""
+        self._stack.close()
+        if self._links is not None:
+            self._links.transport.close()
+
+    @property
+    def _by_clock(self) -> bool:
+        """Whether the processor time of the one thread is not all there is."""
+        config = self._config
+        return config.threads > 1 or bool(config.place.cgroups) or config.device != "cpu"
+
+    def _calls(self, op: str, arguments: dict[str, Any]) -> tuple[list[Callable[[], object]], int]:
+        """Calls to be timed, and what their seconds are divided by: the bytes of a copy."""
+        from seesaw.profiling import copies, operators
+
+        if "heads" in arguments:
+            arguments["heads"] = operators.Heads(**arguments["heads"])
+        match op:
+            case "product":
+                return operators.product_calls(self._operands, **arguments), 1
+            case "attention":
+                return operators.attention_calls(self._operands, **arguments), 1
+            case "activations":
+                return operators.activation_calls(self._operands, **arguments), 1
+            case "tiny":
+                return operators.tiny_calls(self._operands, **arguments), 1
+            case _:
+                return copies.copy_calls(self._operands, self._host, **arguments)
+
+    def _evicting(self, dtype: str) -> Callable[[], object]:
+        from seesaw.profiling.operators import evicting
+
+        return evicting(self._operands, dtype)
+
+    def _get_links(self) -> Links:
+        if self._links is None:
+            from seesaw.profiling.links import Links, all_groups
+            from seesaw.transport.select import create_transport
+
+            config = self._config
+            transport = create_transport(
+                config.transport,
+                rank=config.rank,
+                world=config.world,
+                rendezvous=config.rendezvous,
+                groups=all_groups(config.world, config.group_sizes),
+                open_region=lambda: os.open(config.transport_region, os.O_RDWR),
+                address=config.place.address,
+            )
+            self._links = Links(transport, config.rank, config.world, config.device)
+        return self._links
+
+
+def _main(lines: Iterator[str]) -> None:
+    import torch
+
+    from seesaw.execution.heap import keep_heap
+    from seesaw.execution.placement import enter
+
+    config = msgspec.json.decode(next(lines), type=RankConfig)
+    enter(config.place)
+    keep_heap()
+    torch.set_num_threads(config.threads)
+    rank = Rank(config)
+    measurement: Measurement | None = None
+    for line in lines:
+        message = json.loads(line)
+        if message["op"] == "close":
+            break
+        try:
+            value = None
+            with torch.inference_mode():
+                if message["op"] == "prepare":
+                    measurement = rank.prepare(message["of"], message["arguments"])
+                else:
+                    assert measurement is not None, "nothing is prepared"
+                    value = measurement(rank.span(message["told"], message["budget"]))
+            answer = {"event": "value", "value": value}
+        except Exception as error:
+            answer = {"event": "error", "message": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+    rank.close()
+
+
+if __name__ == "__main__":
+    _main(iter(sys.stdin))

@@ -1,0 +1,116 @@
+"""Ranks measure what they are told: every kind of task, in step where it takes several, with errors that say what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+
+from seesaw.bench.process import ContestantError
+from seesaw.core.node import Place
+from seesaw.profiling import clock
+from seesaw.profiling.links import all_groups, groups_of
+from seesaw.profiling.measure import Effort, measure
+from seesaw.profiling.node import Node, NodeOptions, places_on_cores
+from seesaw.profiling.tasks import (
+    Task,
+    all_reduce,
+    attention,
+    copy,
+    product,
+    reshard,
+    send,
+    sizes_for,
+    step,
+    tiny,
+)
+
+SIZES = sizes_for("cpu")
+SMALL = ((64, 96), (96, 64))
+ONE_OF_EACH = [
+    tiny("bfloat16"),
+    step(2, "bfloat16"),
+    Task("product", (("dtype", "float32"), ("rows", 3), ("products", SMALL))),
+    attention("bfloat16", (4, 2, 64), 3, 40, 40),
+    attention("float32", (4, 4, 32), 5, 33, 1),
+    Task(
+        "activations",
+        (("dtype", "bfloat16"), ("heads", (4, 2, 64)), ("rows", 5), ("hidden", 64), ("ffn", 96)),
+    ),
+    all_reduce("bfloat16", 2, 4096),
+    send("float32", 4096),
+    *(copy("to_host", "bfloat16", SIZES, alone=alone) for alone in (True, False)),
+    copy("to_device", "float32", SIZES, alone=False),
+    *(reshard(kind, "bfloat16") for kind in ("within", "fetch")),
+]
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    with Node([Place(), Place()], NodeOptions(memory=20 << 20), [2]) as started:
+        yield started
+
+
+def test_every_kind_of_task_takes_some_time(node: Node) -> None:
+    seen: list[tuple[int, int, str]] = []
+    times = measure(node, ONE_OF_EACH, Effort(seconds=0.001, passes=2), lambda *what: seen.append(what))
+    assert list(times) == ONE_OF_EACH
+    assert all(0 < seconds < 1 for seconds in times.values())
+    assert [done for done, _, _ in seen] == list(range(2 * len(ONE_OF_EACH) + 1))
+    assert {total for _, total, _ in seen} == {2 * len(ONE_OF_EACH)}
+    assert seen[0][2] == "tiny bfloat16" and seen[-1][2] == "done"
+
+
+def test_a_rank_alone_answers_for_itself(node: Node) -> None:
+    task = product("bfloat16", 1, SIZES)
+    alone = Task("product", (("dtype", "bfloat16"), ("rows", 2), ("products", SMALL)), alone=True)
+    with pytest.raises(ContestantError, match="AssertionError"):  # a layer of this size does not fit
+        node.one(task.op, 0.001, **task.sent())
+    assert node.one(alone.op, 0.001, **alone.sent()) > 0  # the rank goes on after an error
+
+
+def test_a_task_that_does_not_exist_is_an_error_of_the_rank(node: Node) -> None:
+    with pytest.raises(ContestantError, match="TypeError"):
+        node.all("nothing", 0.001, dtype="bfloat16")
+
+
+def test_slow_links_are_not_measured_at_larger_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def slow(node: Node, task: Task, budget: float) -> float:
+        asked.append(dict(task.arguments)["count"])
+        return 0.3 if asked[-1] >= 1 << 14 else 0.001
+
+    monkeypatch.setattr("seesaw.profiling.measure._measure", slow)
+    tasks = [send("bfloat16", 1 << bits) for bits in (12, 14, 16, 18)]
+    times = measure(None, tasks, Effort(passes=1), lambda *_: None)
+    assert asked == [1 << 12, 1 << 14]
+    assert list(times) == tasks[:2]
+
+
+def test_ranks_that_are_left_over_are_in_no_group() -> None:
+    assert groups_of(5, 2) == [(0, 1), (2, 3)]
+    assert groups_of(4, 3) == [(0, 1, 2)]
+    assert all_groups(4, [4]) == [(0, 1), (2, 3), (0, 1, 2, 3)]
+
+
+def test_places_share_cores_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5})
+    assert [place.cores for place in places_on_cores(3, 1)] == [[3], [5], [3]]
+    assert [place.cores for place in places_on_cores(1, 2)] == [[3, 5]]
+
+
+def test_what_comes_before_an_operator_is_not_counted() -> None:
+    done: list[str] = []
+    span = clock.Span(start=0.0, end=0.0, window=0.001, by_clock=True)
+    clock.seconds_per_call([lambda: done.append("call")], "cpu", span, before=lambda: done.append("before"))
+    assert done[::2] == ["before"] * (len(done) // 2)
+    assert done[1::2] == ["call"] * (len(done) // 2)
+
+
+def test_the_quartile_counts_where_the_clock_tells_and_the_median_elsewhere() -> None:
+    answers = count(1)
+    times = [next(answers) for _ in range(9)]
+    assert clock._quantile(times, by_clock=True) == 3
+    assert clock._quantile(times, by_clock=False) == 5
