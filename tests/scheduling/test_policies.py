@@ -155,6 +155,18 @@ def test_static_plans_deal_prompts_evenly(policy: str, plan: str, count: int) ->
         assert [sum(forward.counts) for forward in forwards] == [64] * 4
 
 
+@pytest.mark.parametrize("count", [4, 13, 40])
+def test_replicas_share_the_prompts_of_a_prefill_phase(count: int) -> None:
+    scheduler = make(config("D4->T4", "seesaw", device_blocks=(200, 200), host_blocks=500))
+    forwards = [
+        action
+        for action in serve(scheduler, [request(i) for i in range(count)])
+        if isinstance(action, Forward) and action.write_through
+    ]
+    fed = [sum(sum(f.counts) for f in forwards if f.replica == i) for i in range(4)]
+    assert max(fed) - min(fed) <= 2 * 8, fed
+
+
 @pytest.mark.parametrize("policy", ["prefill-first", "decode-first"])
 def test_separate_batches_never_mix(policy: str) -> None:
     scheduler = make(config("T2", policy))

@@ -71,7 +71,8 @@ class PhasedPolicy:
     def _prefill_batch(self, scheduler: Scheduler, replica: Replica) -> bool:
         batch = scheduler.batch(replica, 0, feedback=False)
         self._feed(scheduler, batch, self._partial.pop(replica.index, None))
-        while batch.tokens_fed < scheduler.config.max_batch_tokens and self._can_prefill(scheduler, replica):
+        share = _fair_share(scheduler)
+        while batch.tokens_fed < share and self._can_prefill(scheduler, replica):
             sequence = scheduler.waiting[0]
             scheduler.admit(sequence, replica, batch.group, via_host=_needs_decode(sequence))
             self._feed(scheduler, batch, sequence)
@@ -168,3 +169,17 @@ class PhasedPolicy:
 def _needs_decode(sequence: Sequence) -> bool:
     """Whether more than the one token that prefill samples may be generated."""
     return len(sequence.tokens) + 1 < sequence.limit
+
+
+def _fair_share(scheduler: Scheduler) -> int:
+    """Tokens of prompts for a batch: a full one, unless too few wait for that on every replica."""
+    most, replicas = scheduler.config.max_batch_tokens, len(scheduler.replicas)
+    if replicas == 1 or scheduler.more_expected:
+        return most
+    coming = 0
+    for sequence in scheduler.waiting:
+        coming += len(sequence.tokens)
+        if coming >= most * replicas:
+            return most
+    idle = sum(replica.in_flight == 0 for replica in scheduler.replicas)
+    return min(most, -(-coming // (idle or replicas)))
