@@ -52,9 +52,9 @@ class SearchOptions:
     block_size: int = 16
     transition: TransitionMode | None = None
     overlap: bool = True
-    replays: int = 4
+    replays: int = 3
     """Plans to replay, the best of one layout always among them."""
-    replayed_tokens: int = 300_000
+    replayed_tokens: int = 200_000
     """Output tokens of all replays together, a Forward counting as `FORWARD_IN_TOKENS` more: bounds the time of a
     search. A longer job is replayed in part."""
 
@@ -151,6 +151,7 @@ class Scorer:
                 room = self._room(plan, limits)
                 if room is None:
                     break  # more sequences leave less room
+                limited = False
                 for groups in self._groups(plan.decode):
                     self.considered += 1
                     chosen = replace(
@@ -158,7 +159,11 @@ class Scorer:
                         micro_batches=None if groups == plan.decode.pp else (plan.prefill.pp, groups),
                         turn_costs=self._turn_costs(plan, paces, chunk, groups) if plan.separate else None,
                     )
-                    yield Scored(plan=plan, limits=chosen, estimate=self._estimate(chosen, plan, paces, room))
+                    estimate = self._estimate(chosen, plan, paces, room)
+                    limited = limited or estimate.batch >= 0.99 * sequences * plan.decode.dp
+                    yield Scored(plan=plan, limits=chosen, estimate=estimate)
+                if not limited:
+                    break  # more sequences than are ever reached only take memory
 
     def _room(self, plan: Plan, limits: Limits) -> Room | None:
         """What memory leaves for KV; None, with the reason noted, if it is not enough."""

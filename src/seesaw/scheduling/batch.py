@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from seesaw.core.actions import FEEDBACK, Forward, SamplingState, SlotInit
@@ -93,33 +92,34 @@ class BatchBuilder:
         sequence.last_forward = self.id
         return last
 
-    def feed_steps(self, running: Seq[Sequence]) -> None:
+    def feed_steps(self, running: list[Sequence]) -> None:
         """Add one decode step of each of these sequences; their device blocks exist already.
 
-        The loop of the engine that runs most often: once for each token that is generated.
+        Passes over lists, since this runs once for each token that is generated.
         """
-        id, slots, starts, tokens = self.id, self._slots, self._starts, self._tokens
-        feedback_from = self._feedback_from
-        for sequence in running:
-            if sequence.known_blocks < len(sequence.device_blocks):
-                self._tell_blocks(sequence)
-            start, known = sequence.cached, sequence.tokens
-            if start < len(known):
-                tokens.append(known[start])
-            else:
-                tokens.append(FEEDBACK)
-                if sequence.last_forward > feedback_from:
-                    feedback_from = sequence.last_forward
-            slots.append(sequence.slot)
-            starts.append(start)
-            sequence.cached = start + 1
-            sequence.last_forward = id
-        first, count = len(self.sequences), len(running)
-        self._feedback_from = feedback_from
-        self._counts.extend([1] * count)
-        self._sampled.extend(range(first, first + count))
+        for sequence in [s for s in running if s.untold]:
+            self._tell_blocks(sequence)
+        starts = [s.cached for s in running]
+        asked = [s.last_forward for s in running if s.cached >= len(s.tokens)]
+        if len(asked) == len(running):
+            self._tokens.extend([FEEDBACK] * len(running))
+        else:
+            known = [s.tokens for s in running]
+            self._tokens.extend(
+                [t[c] if c < len(t) else FEEDBACK for t, c in zip(known, starts, strict=True)]
+            )
+        self._feedback_from = max(asked, default=self._feedback_from)
+        self._slots.extend([s.slot for s in running])
+        self._starts.extend(starts)
+        self._counts.extend([1] * len(running))
+        first = len(self.sequences)
+        self._sampled.extend(range(first, first + len(running)))
         self.sequences.extend(running)
-        self.tokens_fed += count
+        self.tokens_fed += len(running)
+        id = self.id
+        for sequence in running:
+            sequence.cached += 1
+            sequence.last_forward = id
 
     def _tell_blocks(self, sequence: Sequence) -> None:
         if sequence.slot < 0:
@@ -130,6 +130,7 @@ class BatchBuilder:
             fresh = sequence.device_blocks[sequence.known_blocks :]
             self._new_blocks.extend((sequence.slot, block) for block in fresh)
         sequence.known_blocks = len(sequence.device_blocks)
+        sequence.untold = False
 
     def write_through(self, sequence: Sequence, blocks: int) -> None:
         """Copy the sequence's blocks up to number `blocks` to its host blocks behind this Forward."""

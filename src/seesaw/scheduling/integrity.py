@@ -38,6 +38,8 @@ def _check_sequence(scheduler: Scheduler, sequence: Sequence) -> None:
     assert sequence.cached <= len(sequence.tokens) + sequence.pending
     resident = sequence.home is not None and sequence.group >= 0
     assert resident == (sequence.status in _ON_DEVICE and not _left(sequence)), sequence.status
+    assert sequence.untold or (sequence.slot >= 0) == (sequence.group >= 0)
+    assert sequence.untold or sequence.known_blocks == len(sequence.device_blocks) or sequence.group < 0
     assert sequence.capacity == len(sequence.device_blocks) * config.block_size
     if resident:
         assert sequence.home is not None

@@ -63,6 +63,7 @@ class Replica:
         sequence.device_blocks = self.pool.allocate(blocks)
         sequence.capacity = blocks * self._block_size
         sequence.known_blocks = 0
+        sequence.untold = True
         sequence.last_forward = -1
         sequence.home, sequence.group = self, group
         sequence.expected_blocks = self._expected(sequence)
@@ -99,6 +100,7 @@ class Replica:
         before = _growth(sequence)
         sequence.device_blocks.append(self.pool.take())
         sequence.capacity += self._block_size
+        sequence.untold = True
         self._growth += _growth(sequence) - before
         return True
 

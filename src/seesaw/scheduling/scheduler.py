@@ -218,19 +218,19 @@ class Scheduler:
 
     def _append(self, sampled: list[Sequence], tokens: list[int]) -> list[Sequence]:
         """Append a token to each sequence that has not ended, and end those that it ends."""
-        updated, finished = [], Status.FINISHED
-        for sequence, token in zip(sampled, tokens, strict=True):
-            if sequence.status is finished:
-                continue
-            known = sequence.tokens
-            known.append(token)
-            updated.append(sequence)
-            if token in sequence.stop_ids and sequence.generated > sequence.request.sampling.min_tokens:
+        finished = Status.FINISHED
+        pairs = list(zip(sampled, tokens, strict=True))
+        if [s for s in sampled if s.status is finished]:
+            pairs = [(s, token) for s, token in pairs if s.status is not finished]
+        for sequence, token in pairs:
+            sequence.tokens.append(token)
+        for sequence, token in [(s, token) for s, token in pairs if token in s.stop_ids]:
+            if sequence.generated > sequence.request.sampling.min_tokens:
                 named = token if token in sequence.request.sampling.stop_token_ids else None
                 self.finish(sequence, "stop", named)
-            elif len(known) >= sequence.limit:
-                self.finish(sequence, "length")
-        return updated
+        for sequence in [s for s, _ in pairs if len(s.tokens) >= s.limit]:
+            self.finish(sequence, "length")  # unless it was ended just now
+        return [s for s, _ in pairs]
 
     def _settle(self, sequence: Sequence) -> None:
         """Move a sequence on, once nothing in flight touches it."""

@@ -70,6 +70,8 @@ class Sequence:
     """Tokens that `device_blocks` hold."""
     known_blocks: int = field(default=0, init=False)
     """How many of `device_blocks` the workers have been told."""
+    untold: bool = field(default=True, init=False)
+    """Whether there are more, or no slot yet."""
     expected_blocks: int = field(default=0, init=False)
     """Device blocks it is expected to need in the end; `Replica` keeps it."""
     host_blocks: list[int] = field(default_factory=list, init=False)
