@@ -117,24 +117,6 @@ class OrderedPolicy(PhasedPolicy):
         return len(hosted), hosted[0] if hosted else None, hosted[-1] if hosted else None
 
 
-class CrowdedPolicy(PhasedPolicy):
-    """Policy `seesaw`, but a parked block costs a share of what is left of the buffer, not of all of it.
-
-    With p of H blocks parked, a round takes H - p blocks of new prompts, so that one block more makes
-    1 / (H - p) rounds more.
-    """
-
-    def _thin(self, scheduler: Scheduler, residents: int, parked: int) -> float:
-        config, costs = scheduler.config, scheduler.config.turn_costs
-        if costs is None:
-            return super()._thin(scheduler, residents, parked)
-        left = max(1, config.host_blocks - parked)
-        dearer = replace(costs, turn=costs.turn * config.host_blocks / left)
-        crowded = replace(config, turn_costs=dearer)
-        with patch.object(scheduler, "config", crowded):
-            return super()._thin(scheduler, residents, parked)
-
-
 def longest_known(sequence: Sequence_) -> int:
     """Most tokens to go first."""
     return -remaining(sequence)
@@ -158,13 +140,11 @@ class Rule:
     only_last: bool = False
     """The order holds once no prompt waits any more."""
     free_swap_in: bool = False
-    crowded: bool = False
-    """Turn by `CrowdedPolicy`."""
 
     @property
     def turns_back(self) -> bool:
         """Whether it is about nothing but turning back to prefill."""
-        return self.crowded or self.threshold is not None
+        return self.threshold is not None
 
     def applied(self, config: SchedulerConfig) -> SchedulerConfig:
         """The scheduler's settings under this rule."""
@@ -178,7 +158,6 @@ class Rule:
 SWITCHES = (
     Rule(name=BASE, threshold=1.0),
     Rule(name="cost"),
-    Rule(name="cost, crowded", crowded=True),
     Rule(name="half", threshold=0.5),
     Rule(name="drain", threshold=0.0),
     Rule(name="prefill-first", policy="prefill-first"),
@@ -205,14 +184,13 @@ def run_rule(setup: Setup, hardware: HardwareSpec, job: Workload, rule: Rule) ->
 @contextmanager
 def deciding(rule: Rule) -> Iterator[None]:
     """The twin's scheduler gets the rule's policy."""
-    if rule.order is None and not rule.crowded:
+    if rule.order is None:
         yield
         return
+    order = rule.order
 
     def create(config: SchedulerConfig) -> Policy:
-        if rule.order is None:
-            return CrowdedPolicy("seesaw")
-        return OrderedPolicy(rule.order, only_last=rule.only_last)
+        return OrderedPolicy(order, only_last=rule.only_last)
 
     with patch.object(twin, "create_policy", create):
         yield

@@ -193,19 +193,10 @@ def test_draining_swaps_nothing_out_to_turn_and_full_empty_turns_most_often() ->
     assert ran["full/empty"].transitions >= ran["drain"].transitions
 
 
-def test_a_crowded_buffer_turns_back_less_often() -> None:
-    job = workload(200)
-    cost, crowded = (
-        study.run_rule(setup(9 << 20), hardware(), job, study.Rule(name="r", crowded=crowded))
-        for crowded in (False, True)
-    )
-    assert 1 < crowded.transitions < cost.transitions
-
-
 def test_free_swap_in_leaves_transitions_as_they_are() -> None:
     job = workload()
     plain, free = (
-        study.run_rule(setup(), hardware(), job, study.Rule(name="r", free_swap_in=free))
+        study.run_rule(setup(1 << 28), hardware(), job, study.Rule(name="r", free_swap_in=free))
         for free in (False, True)
     )
     assert free.seconds < plain.seconds

@@ -15,6 +15,7 @@ from seesaw.core.sampling import SamplingParams
 from seesaw.scheduling.batch import BatchBuilder
 from seesaw.scheduling.config import SchedulerConfig, TurnCosts
 from seesaw.scheduling.policies import create_policy
+from seesaw.scheduling.policies.phased import PhasedPolicy
 from seesaw.scheduling.scheduler import Scheduler
 from tests.scheduling.paged_stub import PagedStub
 
@@ -89,6 +90,18 @@ def test_seesaw_turns_back_when_it_pays() -> None:
         parked[name] = scheduler.counters.swapped_out
     assert parked["dear turn"] < parked["even"] < parked["dear step"], parked
     assert parked["dear swap"] <= parked["dear turn"], parked
+
+
+def test_parked_sequences_cost_more_the_less_they_leave_of_the_buffer() -> None:
+    shares = {}
+    for blocks in (64, 128, 1024):
+        costs = TurnCosts(step=1.0, turn=30.0, block=0.0)
+        policy = PhasedPolicy("seesaw")
+        scheduler = Scheduler(config("P2->T2", "seesaw", turn_costs=costs, host_blocks=blocks), policy)
+        policy._largest_batch = 16
+        shares[blocks] = policy._thin(scheduler, residents=8, parked=48)
+    assert shares[64] < shares[128] < shares[1024] < 1, shares
+    assert shares[64] == pytest.approx(1 / (1 + 16 * (30 / 16) * 48 / 8 / 32))
 
 
 @pytest.mark.parametrize("plan", ["P4->P4", "P4"])

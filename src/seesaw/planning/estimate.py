@@ -85,7 +85,7 @@ def two_phases(
 def _refill(of: Statistics, room: Room, costs: TurnCosts, sequences: float) -> float:
     """Share of the largest batch at which the scheduler turns back (`PhasedPolicy`)."""
     swap = costs.block * of.context / room.block_size
-    each = swap + costs.turn * of.context / room.host
+    each = swap + costs.turn * of.context / max(of.context, room.host - sequences * of.context)
     return 1 / (1 + sequences * each / (of.output * costs.step))
 
 

@@ -151,8 +151,9 @@ class PhasedPolicy:
 
         A step with r of B sequences does r tokens that a full step would do in r/B of the time, so that it wastes
         `step * (1 - r/B)`. Turning now instead makes r sequences wait on the host, where they cost a swap and
-        their share of what the next round could have taken in, that is, of a turn. A step of going on lets
-        r / (mean output) of them end and saves their part. Both are equal at the share returned.
+        their share of what else the next round could take in, that is, of a turn: with p of H blocks parked, one
+        more makes 1 / (H - p) more rounds. A step of going on lets r / (mean output) of them end and saves their
+        part. Both are equal at the share returned.
         """
         config, costs = scheduler.config, scheduler.config.turn_costs
         if costs is None:
@@ -160,7 +161,8 @@ class PhasedPolicy:
         coming = sum(config.blocks(len(s.tokens)) for s in islice(scheduler.waiting, _LOOK_AHEAD))
         if len(scheduler.waiting) > _LOOK_AHEAD or scheduler.more_expected:
             coming = config.host_blocks
-        crowding = costs.turn / config.host_blocks if coming + parked > config.host_blocks else 0.0
+        left = max(1, config.host_blocks - parked)
+        crowding = costs.turn / left if coming > left else 0.0
         each = (crowding + costs.block) * parked / residents
         lasting = max(scheduler.counters.mean_output, 1)
         return 1 / (1 + self._largest_batch * each / (lasting * costs.step))
