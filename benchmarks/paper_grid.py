@@ -49,7 +49,6 @@ PATTERNS = ("L40S", "RTX-PRO-6000")
 """Measured PCIe nodes whose all-reduce the A10 and L4 boxes may have."""
 BASELINES = {"stock_512": "stock, 512", "stock_2048": "stock, 2,048", "tuned": "tuned"}
 STOCK_SEQUENCES = 256
-SMALL_CHUNK = 128
 STOCK_REPLAYS, TUNED_REPLAYS = 3, 5
 
 PAPER_MEANS = {"A10": (1.45, 1.78), "L4": (1.29, 1.52), "both": (1.36, 1.78)}
@@ -110,9 +109,6 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     ranking = planner.ranking()
     ours = planner.tuned(candidates(ranking, separate=True), TUNED_REPLAYS)
     statics = {"tuned": planner.tuned(candidates(ranking, separate=False), TUNED_REPLAYS)}
-    # Searches stop at chunks of 256; on A10, static plans like smaller ones.
-    small = planner.ranking(static_plans(cell.setting.ranks), chunk=SMALL_CHUNK)
-    statics["small"] = planner.best(candidates(small, separate=False), STOCK_REPLAYS)
     for name, chunk in (("stock_512", 512), ("stock_2048", 2048)):
         stock = planner.ranking(static_plans(cell.setting.ranks), chunk=chunk, max_running=STOCK_SEQUENCES)
         # One micro-batch a stage, as vLLM has it.
