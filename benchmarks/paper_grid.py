@@ -15,7 +15,6 @@ docs/paper-grid.md has the assumptions and reads the result.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,10 +27,10 @@ from twin_jobs import (
     Planner,
     Replay,
     Setting,
+    arguments,
     candidates,
+    conclude,
     geometric_mean,
-    put,
-    record,
     run_all,
     static_plans,
     table,
@@ -332,11 +331,7 @@ def link_table(studies: Iterable[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run, print, and record if asked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
-    parser.add_argument("--record", action="store_true", help="write the record and the page's tables")
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
-    args = parser.parse_args()
+    args = arguments(__doc__ or "", "a tenth of the requests")
     scale = 0.1 if args.quick else 1.0
     grid = run_all(run_cell, cells(scale), args.jobs)
     requests = round(scale * LENGTH_REQUESTS), round(scale * TRACES["arxiv"])
@@ -351,14 +346,9 @@ def main() -> None:
         "links": link_table(links),
         "accuracy": accuracy(grid),
     }
-    for name, body in tables.items():
-        print(f"{name}\n\n{body}\n")
-    if args.record:
-        put(PAGE, tables)
-        note = "Simulated, not measured on the devices: docs/paper-grid.md says what is assumed and reads it."
-        headings = {name.capitalize(): body for name, body in tables.items()}
-        found = {"grid": grid, "by_output": outputs, "by_link": links}
-        print(record("paper-grid", "The paper's grid in the digital twin", note, headings, found))
+    found = {"grid": grid, "by_output": outputs, "by_link": links}
+    title = "The paper's grid in the digital twin"
+    conclude(tables, PAGE, "paper-grid", title, found, recorded=args.record)
 
 
 if __name__ == "__main__":

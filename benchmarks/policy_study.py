@@ -9,7 +9,6 @@ runs the whole job under it. docs/policies.md says what the rules are, and which
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,10 +21,10 @@ from twin_jobs import (
     ROOT,
     Planner,
     Setting,
+    arguments,
     candidates,
+    conclude,
     geometric_mean,
-    put,
-    record,
     run_all,
     table,
 )
@@ -374,28 +373,15 @@ def case_name(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run, print, and record if asked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a fifth of the requests, and of the buffers")
-    parser.add_argument("--record", action="store_true", help="write the record and the page's tables")
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
-    args = parser.parse_args()
+    args = arguments(__doc__ or "", f"1/{QUICK} of the requests and of the buffers, on one node")
     results = [found for found in run_all(run_case, cases(args.quick), args.jobs) if found]
     tables = {
         "means": mean_table(results),
         "switches": switch_table(results),
         "orders": order_table(results),
     }
-    for name, body in tables.items():
-        print(f"{name}\n\n{body}\n")
-    if args.record:
-        put(PAGE, tables)
-        note = (
-            "Simulated, not measured on the devices: docs/policies.md says what the rules are and reads it."
-        )
-        headings = {name.capitalize(): body for name, body in tables.items()}
-        print(
-            record("policy-study", "Scheduling rules in the digital twin", note, headings, {"cases": results})
-        )
+    title = "Scheduling rules in the digital twin"
+    conclude(tables, PAGE, "policy-study", title, {"cases": results}, recorded=args.record)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,12 @@ from seesaw.bench.machine import machine, versions
 from seesaw.bench.shapes import model_directory
 from seesaw.bench.workloads import Workload, parse_workload
 from seesaw.core.hardware import HardwareSpec
+from seesaw.core.node import places_on_cores
 from seesaw.core.stats import EngineStats
 from seesaw.planning.accounts import CAUSES
 from seesaw.planning.profiles import Profile, default_path, read_profile
 from seesaw.planning.twin import Simulated, simulate
-from seesaw.profiling.node import Node, NodeOptions, places_on_cores
+from seesaw.profiling.node import Node, NodeOptions
 from seesaw.profiling.tasks import product, sizes_for
 
 PLANS = ("T2", "P2", "D2", "P2->T2", "D2->T2", "P2->D2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shlex
@@ -270,6 +271,27 @@ def put(page: Path, tables: dict[str, str]) -> None:
         before, rest = text.split(start)
         text = before + start + body + "\n" + rest[rest.index(end) :]
     page.write_text(text)
+
+
+def arguments(about: str, quick: str) -> argparse.Namespace:
+    """What was asked of a study."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--record", action="store_true", help="write the record and the page's tables")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    return parser.parse_args()
+
+
+def conclude(
+    tables: dict[str, str], page: Path, name: str, title: str, found: dict[str, Any], *, recorded: bool
+) -> None:
+    """Print the tables and, if asked, write them into the page and into a record."""
+    for heading, body in tables.items():
+        print(f"{heading}\n\n{body}\n")
+    if recorded:
+        put(page, tables)
+        note = f"Simulated, not measured on the devices: docs/{page.name} says what is assumed and reads it."
+        print(record(name, title, note, {key.capitalize(): body for key, body in tables.items()}, found))
 
 
 def record(name: str, title: str, note: str, tables: dict[str, str], found: dict[str, Any]) -> Path:

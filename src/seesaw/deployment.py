@@ -18,7 +18,7 @@ from seesaw.core.errors import ConfigError, LayoutError, ModelError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout, Plan
 from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec
-from seesaw.core.node import Place, load_node
+from seesaw.core.node import Place, load_node, places_on_cores
 from seesaw.core.units import parse_bytes
 from seesaw.models.hf_config import load_spec
 from seesaw.planning.at_hand import nominal_turn_costs, profile_at_hand
@@ -242,19 +242,13 @@ def _default_plan(ranks: int, spec: ModelSpec, policy: str | None) -> Plan:
 def _places(options: Options, plan: Plan) -> tuple[Place, ...]:
     """The places that the node file gives the ranks; without one, each has cores of its own as far as they go."""
     if options.node is None:
-        cores = sorted(os.sched_getaffinity(0))
-        return tuple(Place(cores=_cores(rank, options.threads_per_rank, cores)) for rank in range(plan.world))
+        return tuple(places_on_cores(plan.world, options.threads_per_rank))
     places = load_node(options.node).ranks
     if len(places) < plan.world:
         raise ConfigError(
             f"node file {options.node}: has places for {len(places)} ranks, but plan {plan} needs {plan.world}"
         )
     return tuple(places[: plan.world])
-
-
-def _cores(rank: int, threads: int, cores: list[int]) -> list[int]:
-    """Neighbouring cores for each rank; ranks share cores in turn when there are too few."""
-    return sorted({cores[(rank * threads + i) % len(cores)] for i in range(threads)})
 
 
 def _choose_dtype(options: Options, spec: ModelSpec) -> DType:

@@ -8,11 +8,11 @@ from itertools import count
 import pytest
 
 from seesaw.bench.process import ContestantError
-from seesaw.core.node import Place
+from seesaw.core.node import Place, places_on_cores
 from seesaw.profiling import clock
 from seesaw.profiling.links import all_groups, groups_of
 from seesaw.profiling.measure import Effort, measure
-from seesaw.profiling.node import Node, NodeOptions, places_on_cores
+from seesaw.profiling.node import Node, NodeOptions
 from seesaw.profiling.tasks import (
     Task,
     all_reduce,

@@ -93,8 +93,7 @@ def _dtypes(texts: list[str]) -> list[str]:
 
 
 def _places(ranks: int | None, node: str | None, threads: int) -> list[Place]:
-    from seesaw.core.node import load_node
-    from seesaw.profiling.node import places_on_cores
+    from seesaw.core.node import load_node, places_on_cores
 
     if node is None:
         return places_on_cores(ranks or _default_ranks(threads), threads)

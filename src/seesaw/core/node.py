@@ -39,6 +39,15 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranks: list[Place]
 
 
+def places_on_cores(ranks: int, threads: int) -> list[Place]:
+    """Neighbouring cores of this process for each rank; ranks share cores in turn when there are too few."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [
+        Place(cores=sorted({cores[(rank * threads + i) % len(cores)] for i in range(threads)}))
+        for rank in range(ranks)
+    ]
+
+
 def load_node(path: str | os.PathLike[str]) -> Node:
     """The node that the JSON file at `path` describes.
 

@@ -21,8 +21,8 @@ from seesaw.scheduling.config import TurnCosts
 from seesaw.weights.sharding import check_layout
 
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
-SMALL_CHUNK = 128
-"""For static plans: beside decode steps it may hide reading weights behind arithmetic, and pipelines like it even."""
+STATIC_CHUNKS = (128, *CHUNKS)
+"""Beside decode steps a smaller chunk may hide reading weights behind arithmetic, and pipelines like it even."""
 BATCHES = (64, 128, 256, 512, 1024)
 FORWARD_IN_TOKENS = 100
 """Simulating a Forward takes as long as so many tokens of sequences in it."""
@@ -267,7 +267,7 @@ class Scorer:
         if self.options.chunk is not None:
             return (self.options.chunk,)
         if not plan.separate:
-            return SMALL_CHUNK, *CHUNKS
+            return STATIC_CHUNKS
         longest = self._of.requests * self._of.prompt
 
         def seconds(chunk: int) -> float:

@@ -42,7 +42,7 @@ def search(
 ) -> Ranking:
     """Rank the plans of `model` on `hardware` for `workload`.
 
-    Raises `MemoryBudgetError` if no plan fits, saying what would, and `ConfigError` if no plan is possible.
+    Raises `MemoryBudgetError` if no plan fits, saying what would.
     """
     scorer = Scorer(model, hardware, statistics(workload), dtype, options)
     scored = sorted(scorer.scored(), key=lambda one: one.estimate.seconds)

@@ -37,15 +37,6 @@ class NodeOptions:
     """Bytes that each rank cuts operands from: well beyond any cache."""
 
 
-def places_on_cores(ranks: int, threads: int) -> list[Place]:
-    """Neighbouring cores for each rank, as the engine gives them; too few are shared in turn."""
-    cores = sorted(os.sched_getaffinity(0))
-    return [
-        Place(cores=sorted({cores[(rank * threads + i) % len(cores)] for i in range(threads)}))
-        for rank in range(ranks)
-    ]
-
-
 class Node:
     """Starts the ranks; `close`, or leaving the context, ends them. Owns the transport's memory."""
 
