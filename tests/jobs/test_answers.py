@@ -30,7 +30,9 @@ def answer(path: Path, row: dict[str, Any]) -> dict[str, Any]:
 def sampling(endpoint: Endpoint, /, **body: Any) -> SamplingParams:
     content = {"messages": MESSAGES} if endpoint is Endpoint.CHAT else {"prompt": "abc"}
     maker = RequestMaker(ByteTokenizer(), 100, ModelNames("m", None))
-    return maker.make(Row(line=1, id="a", endpoint=endpoint, body=content | body)).sampling
+    return maker.make(
+        Row(number=1, place="line 1", digest=0, id="a", endpoint=endpoint, body=content | body)
+    ).sampling
 
 
 def test_completion_shape(tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_fields_without_effect_are_accepted() -> None:
 def test_template_arguments_reach_the_template() -> None:
     maker = RequestMaker(ByteTokenizer(), 100, ModelNames("m", None))
     body = {"messages": MESSAGES, "chat_template_kwargs": {"thinking": False}, "add_generation_prompt": True}
-    request = maker.make(Row(line=1, id="a", endpoint=Endpoint.CHAT, body=body))
+    request = maker.make(Row(number=1, place="line 1", digest=0, id="a", endpoint=Endpoint.CHAT, body=body))
     assert bytes(request.prompt_token_ids) == b"user: Hi\nadd_generation_prompt=Truethinking=False"
     assert request.prompt is None
 

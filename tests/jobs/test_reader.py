@@ -33,7 +33,7 @@ def test_file_conventions(start: bytes, end: bytes, last: bool) -> None:
     lines = [b'{"id": "a", "prompt": "1"}', b"", b"  \t", '{"id": "ü", "prompt": "\u2028"}'.encode()]
     data = start + end.join(lines) + (end if last else b"")
     found = rows(data)
-    assert [(r.line, r.id) for r in found] == [(1, "a"), (4, "ü")]
+    assert [(r.place, r.id) for r in found] == [("line 1", "a"), ("line 4", "ü")]
     assert all(isinstance(r, Row) for r in found)
 
 
@@ -151,8 +151,10 @@ def test_random_bytes_become_one_row_each(lines: list[bytes], end: bytes) -> Non
     data = end.join(lines)
     expected = [i for i, line in enumerate(data.removeprefix(BOM).split(b"\n"), 1) if line.strip()]
     found = rows(data)
-    assert [row.line for row in found] == expected
-    for row in found:
+    assert [row.number for row in found] == list(range(1, len(expected) + 1))
+    for row, line in zip(found, expected, strict=True):
+        place = row.message.partition(": ")[0] if isinstance(row, RowFailure) else row.place
+        assert place == f"line {line}"
         row.id.encode()
 
 
@@ -162,7 +164,7 @@ def test_random_bodies_are_served_or_refused(
     body: dict[str, object], endpoint: Endpoint, plain: bool
 ) -> None:
     maker = RequestMaker(ByteTokenizer(), 100, ModelNames("m", "m"))
-    row = Row(line=1, id="a", endpoint=endpoint, body=body, plain=plain)
+    row = Row(number=1, place="line 1", digest=0, id="a", endpoint=endpoint, body=body, plain=plain)
     try:
         request = maker.make(row)
     except RequestError as error:

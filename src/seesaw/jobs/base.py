@@ -50,8 +50,12 @@ class Endpoint(Enum):
 class Row:
     """A line that has the outer shape of a request. `body` is as it stands in the file, unchecked."""
 
-    line: int
-    """1-based line number in the input."""
+    number: int
+    """1-based position among the rows of all inputs of the job."""
+    place: str
+    """Where it stands, for messages: `line 12`, or `b.jsonl: line 12` where there are several inputs."""
+    digest: int
+    """CRC-32 of its bytes in the input, by which a resumed job knows that it is still the same row."""
     id: str
     """The row's own id, or `line-N`."""
     endpoint: Endpoint
@@ -62,9 +66,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFailure:
-    """A row that gets an error line. `message` names the line; `code` is stable and machine-readable."""
+    """A row that gets an error line. `message` names its place; `code` is stable and machine-readable."""
 
-    line: int
+    number: int
+    """As of `Row`, like `digest`."""
+    digest: int
     id: str
     """The row's own id, or `line-N` where none could be read."""
     code: str
@@ -74,13 +80,36 @@ class RowFailure:
     """HTTP status if the line was a request; None if it never became one (malformed, duplicate, …)."""
 
 
+class RowReader(Protocol):
+    """The rows of a job's inputs, once, in order; in memory that grows only by the digests of their ids.
+
+    Iterating raises `JobError` where an input cannot be read.
+    """
+
+    def __iter__(self) -> Iterator[Row | RowFailure]: ...
+
+    @property
+    def total(self) -> int | None:
+        """Rows in all, or a little more (blank lines are counted); None until known, or where it cannot be."""
+        ...
+
+    def left(self, read: int) -> int | None:
+        """Rows still to come after `read` of them, as far as can be told; may be asked from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Close the inputs. May be called twice."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
     """Which files, and how the model is named in them."""
 
-    input: Path
+    input: Path | tuple[Path, ...]
+    """One file, or several that are read one after the other."""
     output: Path | None = None
-    """Answers; `<input stem>.output.jsonl` beside the input if None."""
+    """Answers; `<stem of the first input>.output.jsonl` beside it if None."""
     errors: Path | None = None
     """Failed rows; `<output stem>.errors.jsonl` beside the output if None. Created only if a row fails."""
     model: str
@@ -93,9 +122,15 @@ class JobOptions:
     """Time between two progress reports."""
 
     @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The input files, in order."""
+        return (self.input,) if isinstance(self.input, Path) else self.input
+
+    @property
     def output_path(self) -> Path:
         """Where answers go."""
-        return self.output or self.input.with_name(f"{self.input.stem}.output.jsonl")
+        first = self.inputs[0]
+        return self.output or first.with_name(f"{first.stem}.output.jsonl")
 
     @property
     def errors_path(self) -> Path:

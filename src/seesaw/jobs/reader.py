@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO
+from zlib import crc32
 
 import msgspec
 
@@ -29,31 +30,49 @@ class _LineError(Exception):
         self.code, self.param = code, param
 
 
-def read_rows(file: BinaryIO, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Row | RowFailure]:
+def read_rows(
+    file: BinaryIO, *, max_line_bytes: int = MAX_LINE_BYTES, prefix: str = ""
+) -> Iterator[Row | RowFailure]:
     """The rows of a job file, in order, in memory that grows only by the digests of their ids.
 
     A line with `method`, `url` or `body` is in OpenAI's Batch format; any other object is a plain row, whose
     fields are those of the body, with `id` or `custom_id` beside them. Ids must be unique in the file; the
-    second row of an id fails.
+    second row of an id fails. Places begin with `prefix`.
     """
     seen = IdIndex()
-    for number, line in read_lines(file, max_bytes=max_line_bytes):
-        row_id = f"line-{number}"
+    for number, (line_number, line) in enumerate(read_lines(file, max_bytes=max_line_bytes), start=1):
+        row_id, place = f"line-{line_number}", f"{prefix}line {line_number}"
+        digest = 0 if line is None else crc32(line)
         try:
-            fields = _decode(line, number, max_line_bytes)
+            fields = _decode(line, line_number, max_line_bytes)
             batch = any(name in fields for name in _ENVELOPE)
             row_id = _own_id(fields, batch) or row_id
-            earlier = seen.add(row_id, number)
+            earlier = seen.add(row_id, line_number)
             if earlier is not None:
                 raise _LineError(
                     "duplicate_custom_id",
                     f"the id {_shown(row_id)} was used on line {earlier} already; ids must be unique",
                     "custom_id",
                 )
-            yield _batch_row(fields, row_id, number) if batch else _plain_row(fields, row_id, number)
+            endpoint, body = _batch_row(fields) if batch else _plain_row(fields)
+            yield Row(
+                number=number,
+                place=place,
+                digest=digest,
+                id=row_id,
+                endpoint=endpoint,
+                body=body,
+                plain=not batch,
+            )
         except _LineError as error:
-            message = f"line {number}: {error}"
-            yield RowFailure(line=number, id=row_id, code=error.code, message=message, param=error.param)
+            yield RowFailure(
+                number=number,
+                digest=digest,
+                id=row_id,
+                code=error.code,
+                message=f"{place}: {error}",
+                param=error.param,
+            )
 
 
 def _decode(line: bytes | None, number: int, max_bytes: int) -> dict[str, Any]:
@@ -110,7 +129,7 @@ def _text_id(name: str, value: object) -> str:
     return value
 
 
-def _batch_row(fields: dict[str, Any], row_id: str, line: int) -> Row:
+def _batch_row(fields: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
     unknown = next((name for name in fields if name not in _BATCH_FIELDS), None)
     if unknown is not None:
         raise _LineError(
@@ -130,13 +149,13 @@ def _batch_row(fields: dict[str, Any], row_id: str, line: int) -> Row:
     if not isinstance(body, dict):
         found = _kind(body) if "body" in fields else "nothing"
         raise _LineError("invalid_body", f"body: expected a JSON object, found {found}", "body")
-    return Row(line=line, id=row_id, endpoint=endpoint, body=body)
+    return endpoint, body
 
 
-def _plain_row(fields: dict[str, Any], row_id: str, line: int) -> Row:
+def _plain_row(fields: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
     body = {name: value for name, value in fields.items() if name not in ("id", "custom_id")}
     endpoint = Endpoint.CHAT if "messages" in body else Endpoint.COMPLETIONS
-    return Row(line=line, id=row_id, endpoint=endpoint, body=body, plain=True)
+    return endpoint, body
 
 
 def _kind(value: object) -> str:

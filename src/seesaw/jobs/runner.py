@@ -7,10 +7,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 from seesaw.core.errors import EngineError, JobError, RequestError
 from seesaw.core.request import Request, RequestOutput
@@ -22,10 +22,10 @@ from seesaw.jobs.base import (
     JobSummary,
     Row,
     RowFailure,
+    RowReader,
 )
-from seesaw.jobs.lines import LineCounter
-from seesaw.jobs.reader import read_rows
 from seesaw.jobs.requests import MODEL_NOT_FOUND, ModelNames, RequestMaker
+from seesaw.jobs.sources.open import check_input, open_rows
 from seesaw.jobs.writer import JobWriter, part_path
 
 logger = logging.getLogger(__name__)
@@ -38,17 +38,19 @@ OnProgress = Callable[[JobProgress], None]
 
 def check_files(options: JobOptions) -> None:
     """Check that the job's files can be read and written. Raises `JobError`; changes nothing on disk."""
-    source, output, errors = options.input, options.output_path, options.errors_path
-    if source.is_dir():
-        raise JobError(f"{source}: is a directory; expected a JSONL file")
-    if source.is_file() or not source.exists():  # opening a pipe to look at it would break it
-        _open(source).close()
-    names = {"input": source, "output": output, "errors": errors}
-    for first, second in (("output", "input"), ("errors", "input"), ("errors", "output")):
-        if os.path.realpath(names[first]) == os.path.realpath(names[second]):
-            raise JobError(f"{names[first]}: {first} and {second} are the same file; choose another name")
+    output, errors = options.output_path, options.errors_path
+    for source in options.inputs:
+        check_input(source)
+        _check_differ("output", output, "input", source)
+        _check_differ("errors", errors, "input", source)
+    _check_differ("errors", errors, "output", output)
     for path in (output, errors):
         _check_target(path)
+
+
+def _check_differ(first: str, path: Path, second: str, other: Path) -> None:
+    if os.path.realpath(path) == os.path.realpath(other):
+        raise JobError(f"{path}: {first} and {second} are the same file; choose another name")
 
 
 def _check_target(path: Path) -> None:
@@ -69,22 +71,17 @@ def run_job(engine: JobEngine, options: JobOptions, *, on_progress: OnProgress |
     Raises `JobError` for files that cannot be read or written, `EngineError` where the engine fails.
     """
     check_files(options)
-    with _open(options.input) as source:
+    with closing(open_rows(options)) as source:
         return _Run(engine, options, source).execute(on_progress)
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb", buffering=1 << 20)
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
     """What is kept of a row while the engine has it: how to answer it."""
 
-    line: int
+    number: int
+    place: str
+    digest: int
     endpoint: Endpoint
     top: int
 
@@ -99,7 +96,7 @@ class _Run:
 
     engine: JobEngine
     options: JobOptions
-    source: BinaryIO
+    source: RowReader
     _pending: dict[str, _Pending] = field(default_factory=dict)
     _rows: int = 0
     """Read so far."""
@@ -111,10 +108,9 @@ class _Run:
         options = self.options
         model = options.served_model_name or options.model
         self._writer = JobWriter(options.output_path, options.errors_path, model=model)
-        counter = LineCounter(options.input)
         ticker = None
         if on_progress is not None:
-            ticker = _Ticker(lambda: on_progress(self._progress(counter.count)), options.progress_seconds)
+            ticker = _Ticker(lambda: on_progress(self._progress(self.source.total)), options.progress_seconds)
         interrupted = False
         try:
             self._answer_all()
@@ -122,7 +118,6 @@ class _Run:
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            counter.close()
             if ticker is not None:
                 ticker.close()
             self._writer.close()
@@ -142,7 +137,7 @@ class _Run:
             if row is None:
                 raise EngineError(f"the engine answered row {output.request_id!r} twice; this is a bug")
             if output.error is not None:
-                self._refuse(row.line, output.request_id, output.error)
+                self._refuse(row, output.request_id, output.error)
             else:
                 self._writer.answer(output, row.endpoint, top=row.top)
         if self._pending:
@@ -151,45 +146,38 @@ class _Run:
             )
 
     def _left(self) -> int | None:
-        """Rows that are still to be read, if they go on as they were so far; None where that says nothing."""
-        try:
-            size, position = os.fstat(self.source.fileno()).st_size, self.source.tell()
-        except OSError:  # a pipe
-            return None
-        if not self._rows:
-            return None
-        left = round(self._rows * max(0, size - position) / max(1, position))
-        return left if self.options.limit is None else min(left, self.options.limit - self._rows)
+        """Rows that are still to be read; None where nothing can be said."""
+        left, limit = self.source.left(self._rows), self.options.limit
+        return left if left is None or limit is None else min(left, limit - self._rows)
 
     def _requests(self) -> Iterator[Request]:
         names = ModelNames(self.options.model, self.options.served_model_name)
         maker = RequestMaker(self.engine.tokenizer, self.engine.max_model_len, names)
-        try:
-            for row in islice(read_rows(self.source), self.options.limit):
-                self._rows += 1
-                if isinstance(row, RowFailure):
-                    self._writer.fail(row)
-                else:
-                    yield from self._request(maker, row)
-        except OSError as error:
-            raise JobError(f"{self.options.input}: cannot be read ({error.strerror})") from error
+        for row in islice(self.source, self.options.limit):
+            self._rows += 1
+            if isinstance(row, RowFailure):
+                self._writer.fail(row)
+            else:
+                yield from self._request(maker, row)
 
     def _request(self, maker: RequestMaker, row: Row) -> Iterator[Request]:
         try:
             request = maker.make(row)
         except RequestError as error:
-            self._refuse(row.line, row.id, error)
+            self._refuse(row, row.id, error)
             return
-        self._pending[row.id] = _Pending(row.line, row.endpoint, request.sampling.logprobs or 0)
+        top = request.sampling.logprobs or 0
+        self._pending[row.id] = _Pending(row.number, row.place, row.digest, row.endpoint, top)
         yield request
 
-    def _refuse(self, line: int, row_id: str, error: RequestError) -> None:
+    def _refuse(self, row: Row | _Pending, row_id: str, error: RequestError) -> None:
         self._writer.fail(
             RowFailure(
-                line=line,
+                number=row.number,
+                digest=row.digest,
                 id=row_id,
                 code=error.code,
-                message=f"line {line}: {error}",
+                message=f"{row.place}: {error}",
                 param=error.param,
                 status=_STATUS.get(error.code, 400),
             )
