@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -49,11 +49,8 @@ _REPLAYED_A_SECOND = 10_000
 """At most so many for each second that the job takes, so that its search takes a small part of it."""
 
 
-def auto_for(deployment: Deployment, start: Callable[[Deployment], None]) -> Auto | None:
-    """What chooses the plan of `deployment` before its ranks start; None if the plan was given or stays by rule.
-
-    `start` ends the ranks that there are and starts those of a deployment, over the same host memory.
-    """
+def auto_for(deployment: Deployment) -> Auto | None:
+    """What chooses the plan of `deployment` before its ranks start; None if the plan was given or stays by rule."""
     if deployment.options.plan != "auto":
         return None
     reason = deployment.measured
@@ -64,7 +61,7 @@ def auto_for(deployment: Deployment, start: Callable[[Deployment], None]) -> Aut
         logger.info("plan auto: %s by rule, since %s%s", deployment.plan, reason, hint)
         return None
     assert isinstance(deployment.measured, HardwareSpec)
-    return Auto(deployment, deployment.measured, start)
+    return Auto(deployment, deployment.measured)
 
 
 @dataclass(slots=True)
@@ -92,10 +89,7 @@ class _Assumed:
 class Auto:
     """Decides which plan runs; the engine asks. Not thread-safe."""
 
-    def __init__(
-        self, fallback: Deployment, hardware: HardwareSpec, start: Callable[[Deployment], None]
-    ) -> None:
-        self.start = start
+    def __init__(self, fallback: Deployment, hardware: HardwareSpec) -> None:
         self.settled = False
         """Whether the plan was chosen for a job that was worth it."""
         self._fallback, self._hardware = fallback, hardware

@@ -68,6 +68,10 @@ class Options:
     node: str | None = None
     """A JSON file that places each rank in a network namespace, control groups and cores (`core.node`)."""
     start_timeout: float = 120.0
+    on_rank_loss: str = "continue"
+    """When a rank dies or hangs: `continue` with those that are left, or `stop`."""
+    rank_timeout: float = 60.0
+    """Seconds without a sign of life after which a rank is taken for lost."""
     profile: str | None = None
     """A folder to which each rank writes where its time went, by phase and function (`rank0.json`, …)."""
 
@@ -189,6 +193,7 @@ def _check_choices(options: Options) -> None:
         "dtype": ("auto", *DTYPE_BYTES),
         "load_format": get_args(LoadFormat),
         "transition": ("auto", *get_args(TransitionMode)),
+        "on_rank_loss": ("continue", "stop"),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:

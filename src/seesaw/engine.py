@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from seesaw.core.actions import ChosenToken
-from seesaw.core.errors import EngineError, RequestError
+from seesaw.core.errors import EngineError, RequestError, WorkerError
 from seesaw.core.request import CompletionOutput, Request, RequestOutput, TokenLogprob
-from seesaw.core.stats import EngineStats
+from seesaw.core.stats import EngineStats, RankLoss
+from seesaw.elastic import without
 from seesaw.execution.base import Executor
 from seesaw.metering import Meter
 from seesaw.rows import Rows
@@ -48,11 +49,16 @@ class Engine:
         deployment: Deployment,
         executor: Executor,
         tokenizer: Tokenizer | None,
+        *,
+        start: Callable[[Deployment], None] | None = None,
         auto: Auto | None = None,
     ) -> None:
-        """With `auto`, ranks are started when the first rows are known, and `deployment` is a stand-in until then."""
+        """`start` ends the ranks that there are and starts those of a deployment, over the same host memory; without
+        it the ranks are what they are. With `auto`, ranks are started when the first rows are known, and `deployment`
+        is a stand-in until then."""
+        assert auto is None or start is not None
         self._deployment, self._executor, self._tokenizer = deployment, executor, tokenizer
-        self._auto = auto
+        self._start, self._auto = start, auto
         self._up = auto is None
         """Whether the ranks have been started."""
         self._scheduler = Scheduler(deployment.scheduler, create_policy(deployment.scheduler))
@@ -74,6 +80,7 @@ class Engine:
         """From the first row until ranks that `auto` chose were ready."""
         self._change_seconds = 0.0
         """What the latest start of ranks took."""
+        self._losses: list[RankLoss] = []
 
     @property
     def deployment(self) -> Deployment:
@@ -85,7 +92,8 @@ class Engine:
     def run(self, requests: Iterator[Request]) -> Iterator[RequestOutput]:
         """Serve `requests`, pulled as there is room for them; yields each as soon as it is whole.
 
-        A request that cannot be served comes out with `error` set. Raises `EngineError` if a rank fails.
+        A request that cannot be served comes out with `error` set. Raises `EngineError` if a rank fails and the
+        others cannot, or are not to, go on without it.
         Closing the iterator early gives the remaining requests up; the engine can serve again afterwards, which
         it cannot after any exception.
         """
@@ -102,18 +110,25 @@ class Engine:
                 yield from self._take_done()
                 if rows.ended and not self._scheduler.unfinished:
                     return
-                if self._auto is not None and self._auto.wants_another(self._scheduler):
-                    self._plan_again(rows, self._auto)
-                self._meter.begin()
-                self._submit()
-                self._await()
-                self._meter.end()
+                try:
+                    self._step(rows)
+                except WorkerError as error:
+                    self._go_on_without(error)
         except GeneratorExit:
             self._give_up()  # between two steps, so that the books and the ranks agree
             raise
         except BaseException:
             self._broken = True
             raise
+
+    def _step(self, rows: Rows) -> None:
+        """Submit what there is to do and take in what has been done."""
+        if self._auto is not None and self._auto.wants_another(self._scheduler):
+            self._plan_again(rows, self._auto)
+        self._meter.begin()
+        self._submit()
+        self._await()
+        self._meter.end()
 
     def _take_in(self, rows: Rows) -> None:
         while not rows.ended and self._scheduler.wants_requests:
@@ -275,11 +290,11 @@ class Engine:
         if rows.ended:
             return  # there are no rows
         if not self._up:
-            self._change(wanted, auto)
+            self._change(wanted)
             self._start_seconds = time.monotonic() - began
         elif wanted.setup != self._deployment.setup:
             self._rest()
-            self._change(wanted, auto)
+            self._change(wanted)
 
     def _plan_again(self, rows: Rows, auto: Auto) -> None:
         """Look for a better plan for what is left, and change over to it."""
@@ -291,15 +306,50 @@ class Engine:
                 self._executor.submit(action)
             self._rest()
             resting = time.monotonic()
-            self._change(better, auto)
+            self._change(better)
             self._meter.seconds["transition"] += time.monotonic() - resting
         logger.debug("planning again took %.2f s", time.monotonic() - began)
 
-    def _change(self, deployment: Deployment, auto: Auto) -> None:
+    # ---- other ranks --------------------------------------------------------------------------------------
+
+    def _go_on_without(self, error: WorkerError) -> None:
+        """Have the ranks that are left take over. Raises `error`, or what comes of it, if that cannot be."""
+        began = time.monotonic()
+        while True:
+            if self._start is None or not error.lost or self._deployment.options.on_rank_loss == "stop":
+                raise error
+            restarted = self._scheduler.lose_devices()
+            self._meter.lost()
+            live = self._scheduler.live()
+            left = without(self._deployment, error, longest=max((s.limit for s in live), default=1))
+            logger.warning("%s; going on under %s with the ranks that are left", error, left.plan)
+            before, self._deployment, self._auto = self._deployment, left, None
+            try:
+                self._change(left)
+            except WorkerError as another:
+                error = another
+                continue
+            seconds = time.monotonic() - began
+            self._meter.seconds["transition"] += seconds
+            self._losses.append(
+                RankLoss(
+                    reason=str(error),
+                    ranks=error.lost,
+                    before=str(before.plan),
+                    after=str(left.plan),
+                    kept=len(live) - restarted,
+                    restarted=restarted,
+                    seconds=seconds,
+                )
+            )
+            return
+
+    def _change(self, deployment: Deployment) -> None:
         """Start the ranks of `deployment` instead of the present ones, and go on with them."""
+        assert self._start is not None
         began = time.monotonic()
         self._up = False
-        auto.start(deployment)
+        self._start(deployment)
         self._up = True
         self._change_seconds = time.monotonic() - began
         self._deployment = deployment
@@ -331,6 +381,7 @@ class Engine:
             phase_tokens=dict(meter.tokens),
             start_seconds=self._start_seconds,
             transitions=tuple(meter.transitions),
+            rank_losses=tuple(self._losses),
             swapped_out_bytes=meter.swapped_out_bytes,
             swapped_in_bytes=meter.swapped_in_bytes,
             preemptions_swapped=counters.swapped_out,

@@ -147,6 +147,7 @@ def _worker_config(
         attention=options.attention,
         profile=options.profile or "",
         start_timeout=options.start_timeout,
+        rank_timeout=options.rank_timeout,
     )
 
 

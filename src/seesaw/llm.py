@@ -56,8 +56,8 @@ class LLM:
         self._node = LocalNode()
         # at exit too, and before the interpreter is taken down, which `__del__` would not be
         self._close = weakref.finalize(self, self._node.close)
-        auto = auto_for(deployment, self._node.start)
-        self._engine = Engine(deployment, self._node, self.tokenizer, auto)
+        auto = auto_for(deployment)
+        self._engine = Engine(deployment, self._node, self.tokenizer, start=self._node.start, auto=auto)
         if auto is None:
             self._start(deployment)
         self._start_seconds = time.monotonic() - started

@@ -45,6 +45,12 @@ class Meter:
     _swap_ins: set[int] = field(default_factory=set)
     _processor: float = 0.0
 
+    def lost(self) -> None:
+        """Nothing that is in flight will come back."""
+        self._forwards.clear()
+        self._changes.clear()
+        self._swap_ins.clear()
+
     def begin(self) -> None:
         """Processor time is the loop's from here on."""
         self._processor = time.thread_time()

@@ -68,7 +68,8 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
     options = (
         "--plan P2->T2 --ranks 2 --device cpu --device-memory 64MiB --host-kv 1.5GiB --dtype float32 "
         "--load-format dummy --policy prefill-first --chunk 128 --max-running 9 --max-model-len 99 "
-        "--transition delta --seed 5 --limit 1 --threads-per-rank 2 --sync-loop --served-model-name name"
+        "--transition delta --seed 5 --limit 1 --threads-per-rank 2 --sync-loop --served-model-name name "
+        "--on-rank-loss stop"
     ).split()
     files = ["--output", str(tmp_path / "o.jsonl"), "--errors", str(tmp_path / "e.jsonl")]
     assert invoke(*options, *files).exit_code == 0
@@ -77,6 +78,7 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
         "plan": "P2->T2",
         "ranks": 2,
         "device": "cpu",
+        "on_rank_loss": "stop",
         "device_memory": 64 << 20,
         "host_kv": 3 << 29,
         "dtype": "float32",

@@ -16,8 +16,13 @@ from tests.engine.small_node import CONFIG, node
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    write_model(tmp_path)
     return tmp_path
+
+
+def write_model(folder: Path) -> None:
+    """The small model, of random weights."""
+    (folder / "config.json").write_text(json.dumps(CONFIG))
 
 
 @pytest.fixture

@@ -23,11 +23,8 @@ from tests.engine.small_node import SMALL, rows, said
 def chooser(model: Path, **options: Any) -> Auto:
     """Of an engine that starts no ranks."""
 
-    def start(_: Deployment) -> None:
-        raise AssertionError("no ranks here")
-
     deployment = resolve(Options(model=str(model), **(SMALL | {"ranks": 2} | options)))
-    found = auto_for(deployment, start)
+    found = auto_for(deployment)
     assert found is not None
     return found
 
@@ -128,7 +125,7 @@ def test_without_a_profile_that_fits_the_rule_decides(
 ) -> None:
     measured(**changes)
     deployment = resolve(Options(model=str(model), **(SMALL | {"ranks": 2} | options)))
-    assert auto_for(deployment, lambda _: None) is None
+    assert auto_for(deployment) is None
     (message,) = said(caplog)
     assert why in message and f"plan auto: {deployment.plan} by rule" in message
     assert ("`seesaw profile`" in message) == (deployment.plan.world > 1)
@@ -155,7 +152,7 @@ def test_a_given_plan_gets_its_costs_and_no_planner(
 ) -> None:
     def costs() -> object:
         deployment = resolve(Options(model=str(model), plan=plan, **SMALL))
-        assert auto_for(deployment, lambda _: None) is None
+        assert auto_for(deployment) is None
         return deployment.scheduler.turn_costs
 
     assert costs() is None

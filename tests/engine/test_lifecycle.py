@@ -93,7 +93,8 @@ def test_a_killed_worker_is_named(checkpoint: Path, transport: str, tmp_path: Pa
     params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
     before = {p.pid for p in workers_of(os.getpid())}
     memory = {"device_memory": "16MiB", "host_kv": "1MiB"}
-    with LLM(checkpoint, plan="T2", dtype="float32", transport=transport, node=str(node), **memory) as llm:
+    options = {"transport": transport, "node": str(node), "on_rank_loss": "stop", **memory}
+    with LLM(checkpoint, plan="T2", dtype="float32", **options) as llm:
         workers = sorted((p for p in workers_of(os.getpid()) if p.pid not in before), key=lambda p: p.pid)
 
         def prompts() -> list[dict[str, list[int]]]:

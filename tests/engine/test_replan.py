@@ -132,8 +132,8 @@ def test_sequences_under_way_are_taken_along(
     """When half of a batch has ended, the rest is parked in the middle of its output, and goes on elsewhere."""
     made: list[Changing] = []
 
-    def changing(deployment: Deployment, start: Callable[[Deployment], None]) -> Auto:
-        made.append(Changing(deployment, node(), start))
+    def changing(deployment: Deployment) -> Auto:
+        made.append(Changing(deployment, node()))
         made[0].target = target
         return made[0]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from seesaw.core.stats import EngineStats, TransitionRecord
+from seesaw.core.stats import EngineStats, RankLoss, TransitionRecord
 from seesaw.report.summary import format_seconds, format_summary
 
 GIB = 1 << 30
@@ -95,3 +95,26 @@ def test_a_run_in_which_nothing_happened() -> None:
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_lost_ranks() -> None:
+    losses = (
+        RankLoss(
+            reason="killed",
+            ranks=(1, 3),
+            before="P4->T4",
+            after="P2->T2",
+            kept=1200,
+            restarted=31,
+            seconds=2.0,
+        ),
+        RankLoss(
+            reason="hangs", ranks=(0,), before="P2->T2", after="T1->T1", kept=5, restarted=2, seconds=1.5
+        ),
+    )
+    text = format_summary(
+        replace(STATS, rank_losses=losses), rows_answered=1, rows_failed=0, elapsed_seconds=1.0
+    )
+    first = "lost ranks    1, 3 of P4->T4, on under P2->T2 after 2.0 s; 1,200 sequences kept, 31 restarted"
+    assert first in text.splitlines()
+    assert "              0 of P2->T2, on under T1->T1 after 1.5 s; 5 sequences kept, 2 restarted" in text

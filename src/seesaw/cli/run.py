@@ -34,6 +34,7 @@ def run(
     chunk: opt.Chunk = None,
     max_running: opt.MaxRunning = None,
     threads_per_rank: opt.ThreadsPerRank = 1,
+    on_rank_loss: opt.OnRankLoss = "continue",
     sync_loop: opt.SyncLoop = False,
     seed: opt.Seed = 0,
     device_memory: opt.DeviceMemory = None,
@@ -65,6 +66,7 @@ def run(
             "transition": transition,
             "overlap": not sync_loop,
             "threads_per_rank": threads_per_rank,
+            "on_rank_loss": on_rank_loss,
         }
     job = JobOptions(
         input=input,

@@ -101,6 +101,13 @@ MaxRunning = Annotated[
         help="Most sequences decoding at once on one replica.", min=1, metavar="N", rich_help_panel=_ENGINE
     ),
 ]
+OnRankLoss = Annotated[
+    Literal["continue", "stop"],
+    typer.Option(
+        help="When a rank dies or hangs: go on with those that are left, or stop, so that the job can be resumed.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 ThreadsPerRank = Annotated[
     int, typer.Option(help="CPU threads of each rank.", min=1, metavar="N", rich_help_panel=_ENGINE)
 ]

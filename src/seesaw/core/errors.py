@@ -7,7 +7,7 @@ SeesawError
 │   └── MemoryBudgetError             a plan that does not fit the memory budgets; the message shows the arithmetic
 ├── RequestError (also ValueError)    one request that cannot be served; carries a machine-readable `code`
 ├── EngineError                       the engine failed while running
-│   ├── WorkerError                   a worker raised or died; carries `rank` and `phase`
+│   ├── WorkerError                   a worker raised, died or hangs; carries `rank`, `phase` and who is `lost`
 │   └── StartupError                  workers did not become ready in time
 └── JobError                          a job file that cannot be read or written
 """
@@ -52,17 +52,22 @@ class EngineError(SeesawError, RuntimeError):
 
 
 class WorkerError(EngineError):
-    """A worker raised or died.
+    """A worker raised, died or hangs.
 
     `rank` is the worker's rank and `phase` what it was doing (`startup`, `prefill`, `decode`, `transition`, …).
-    `details` holds the worker's traceback, if it had one; the message alone is meant for users.
+    `details` holds the worker's traceback, if it had one; the message alone is meant for users. `lost` are the
+    ranks that have to be done without: they died, hang, or their device failed. It is empty where a rank raised
+    an error that would come again on any other.
     """
 
-    def __init__(self, message: str, *, rank: int, phase: str, details: str = "") -> None:
+    def __init__(
+        self, message: str, *, rank: int, phase: str, details: str = "", lost: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.rank = rank
         self.phase = phase
         self.details = details
+        self.lost = lost
 
 
 class StartupError(EngineError):

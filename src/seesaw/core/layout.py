@@ -50,6 +50,17 @@ class Layout:
             degrees[axis] = int(degree)
         return cls(dp=degrees.get("D", 1), pp=degrees.get("P", 1), tp=degrees.get("T", 1))
 
+    @classmethod
+    def all(cls, ranks: int) -> list[Layout]:
+        """Every layout of so many ranks, those of least tensor parallelism first."""
+        degrees = [degree for degree in range(1, ranks + 1) if ranks % degree == 0]
+        return [
+            cls(dp=ranks // tp // pp, pp=pp, tp=tp)
+            for tp in degrees
+            for pp in degrees
+            if ranks % (tp * pp) == 0
+        ]
+
     @property
     def world(self) -> int:
         """Number of ranks."""

@@ -20,6 +20,25 @@ class TransitionRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankLoss:
+    """A loss of ranks that the engine went on from."""
+
+    reason: str
+    """What happened, as a sentence."""
+    ranks: tuple[int, ...]
+    """Who was lost, as numbered under the plan before."""
+    before: str
+    after: str
+    """Plans."""
+    kept: int
+    """Sequences that went on where they were: waiting, or whole in the host buffer."""
+    restarted: int
+    """Sequences that are computed again from their tokens."""
+    seconds: float
+    """From noticing it until the new ranks were ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot. Counts are since the engine started; bytes are bytes, times are seconds."""
 
@@ -47,6 +66,7 @@ class EngineStats:
     start_seconds: float = 0.0
     """From asking for the engine until its ranks were ready."""
     transitions: tuple[TransitionRecord, ...]
+    rank_losses: tuple[RankLoss, ...] = ()
     swapped_out_bytes: int
     swapped_in_bytes: int
     preemptions_swapped: int

@@ -10,8 +10,9 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import msgspec
 import zmq
@@ -28,7 +29,9 @@ from seesaw.core.actions import (
 )
 from seesaw.core.errors import EngineError, StartupError, WorkerError
 from seesaw.execution.fork_server import fork_server
+from seesaw.execution.liveness import BEAT, Liveness
 from seesaw.execution.messages import (
+    Alive,
     CopiesAck,
     Failed,
     FromWorker,
@@ -41,6 +44,12 @@ from seesaw.execution.messages import (
 from seesaw.weights.sharding import Sharding
 
 logger = logging.getLogger(__name__)
+
+_CAUSE_SECONDS = 2.0
+"""How long after a rank's failure is waited for the death of another, which may be its cause."""
+_MORE_SECONDS = 0.2
+"""The same once a cause is known: what ended one rank may have ended others."""
+_LOOK_SECONDS = 0.02
 
 
 @dataclass(slots=True)
@@ -79,6 +88,8 @@ class LocalExecutor:
         self._pending: dict[int, _Pending] = {}
         self._forwards_out = 0
         self._ranks: list[_Rank] = []
+        self._liveness: Liveness | None = None
+        """None until all ranks are up."""
         self._closed = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._outbox = self._context.socket(zmq.PULL)
@@ -124,6 +135,7 @@ class LocalExecutor:
             for message in self._receive(left):
                 assert isinstance(message, Ready)
                 self._ranks[message.rank].ready = message
+        self._liveness = Liveness(len(self._ranks), self._configs[0].rank_timeout, time.monotonic())
 
     def close(self) -> None:
         """End all workers: politely when nothing is outstanding, by SIGKILL otherwise."""
@@ -178,7 +190,7 @@ class LocalExecutor:
         """Completions since the last call; blocks until there is one. Raises `WorkerError` if a rank failed."""
         completions: list[Completion] = []
         while not completions:
-            for message in self._receive(None):
+            for message in self._receive(BEAT):
                 completion = self._completion(message)
                 if completion is not None:
                     completions.append(completion)
@@ -194,24 +206,23 @@ class LocalExecutor:
         for rank in ranks:
             self._ranks[rank].inbox.send(data)
 
-    def _receive(self, seconds: float | None) -> list[FromWorker]:
-        """Messages that have arrived; waits up to `seconds` (None: without end) for the first."""
-        events = dict(self._poller.poll(None if seconds is None else int(seconds * 1000) + 1))
+    def _receive(self, seconds: float) -> list[FromWorker]:
+        """Messages that have arrived, but for signs of life; waits up to `seconds` for the first."""
+        events = dict(self._poller.poll(int(seconds * 1000) + 1))
         messages = self._drain() if self._outbox in events else []
         failed = [message for message in messages if isinstance(message, Failed)]
         if failed:
-            # a rank that was killed tears its neighbours' connections: it is the cause, what they say is not
-            events = dict(self._poller.poll(0))
-            failed += [message for message in self._drain() if isinstance(message, Failed)]
-        if failed or not messages:
-            self._check_alive(events, {message.rank for message in failed})
-        for message in failed:
-            raise WorkerError(
-                f"rank {message.rank} failed during {message.phase}: {message.message}",
-                rank=message.rank,
-                phase=message.phase,
-                details=message.details,
-            )
+            self._raise(failed)
+        signs = [message for message in messages if isinstance(message, Alive)]
+        if signs:
+            messages = [message for message in messages if not isinstance(message, Alive)]
+        if not messages and (dead := self._dead(events)):
+            # a rank's last words may have come after its messages were looked for
+            self._raise([message for message in self._drain() if isinstance(message, Failed)], dead)
+        if self._liveness is not None:
+            for sign in signs:
+                self._liveness.heard(sign.rank, sign.phase)
+            self._liveness.looked(time.monotonic())
         return messages
 
     def _drain(self) -> list[FromWorker]:
@@ -221,17 +232,48 @@ class LocalExecutor:
                 messages.append(self._decoder.decode(self._outbox.recv(zmq.NOBLOCK)))
         return messages
 
-    def _check_alive(self, events: dict[object, int], spoken: set[int]) -> None:
-        """Raise if a rank has ended; those in `spoken` have said why."""
-        for number, rank in enumerate(self._ranks):
-            if rank.pidfd in events and number not in spoken:
-                phase = "startup" if rank.ready is None else "run"
-                raise WorkerError(
-                    f"rank {number} (process {rank.pid}) ended without a word during {phase}; it was killed, or "
-                    "ran out of memory",
-                    rank=number,
-                    phase=phase,
-                )
+    def _dead(self, events: dict[object, int]) -> set[int]:
+        """Ranks that have ended, by what the poller says."""
+        return {number for number, rank in enumerate(self._ranks) if rank.pidfd in events}
+
+    def _raise(self, failed: list[Failed], dead: Collection[int] = ()) -> NoReturn:
+        """Say what became of ranks that failed or ended.
+
+        A rank that was killed tears its neighbours' connections, and they may be heard of first: it is the cause,
+        what they say is not. So the deaths of those who said nothing are waited for, for a while.
+        """
+        ended, deadline = set(dead), time.monotonic() + _CAUSE_SECONDS
+        while True:
+            silent = sorted(ended - {message.rank for message in failed})
+            device = tuple(message.rank for message in failed if message.device)
+            if silent or device:
+                deadline = min(deadline, time.monotonic() + _MORE_SECONDS)
+            if time.monotonic() > deadline - _LOOK_SECONDS:
+                break
+            time.sleep(_LOOK_SECONDS)
+            ended |= self._dead(dict(self._poller.poll(0)))
+            failed = failed + [message for message in self._drain() if isinstance(message, Failed)]
+        if silent:
+            raise self._died(silent, device)
+        message = next((message for message in failed if message.device), failed[0])
+        raise WorkerError(
+            f"rank {message.rank} failed during {message.phase}: {message.message}",
+            rank=message.rank,
+            phase=message.phase,
+            details=message.details,
+            lost=device,
+        )
+
+    def _died(self, silent: list[int], device: tuple[int, ...]) -> WorkerError:
+        """The error for ranks that ended without a word, beside those whose device failed."""
+        phase = "startup" if self._ranks[silent[0]].ready is None else "run"
+        who = ", ".join(f"rank {rank} (process {self._ranks[rank].pid})" for rank in silent)
+        return WorkerError(
+            f"{who} ended without a word during {phase}; killed, or out of memory",
+            rank=silent[0],
+            phase=phase,
+            lost=(*silent, *device),
+        )
 
     def _completion(self, message: FromWorker) -> Completion | None:
         match message:

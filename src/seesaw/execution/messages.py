@@ -56,6 +56,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Folder to which the rank writes where its time went; empty for none."""
     start_timeout: float
     """Seconds to wait for the other ranks."""
+    rank_timeout: float
+    """Seconds without a sign of life after which a rank is taken for lost."""
 
 
 class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag=True):
@@ -97,6 +99,13 @@ class TransitionAck(msgspec.Struct, array_like=True, frozen=True, tag=True):
     ended: float
 
 
+class Alive(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """A sign of life, sent every `execution.liveness.BEAT` seconds beside whatever the rank computes."""
+
+    rank: int
+    phase: str
+
+
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """A worker raised while doing `phase`, and has ended."""
 
@@ -104,6 +113,8 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
     phase: str
     message: str
     details: str
+    device: bool = False
+    """Whether its device failed or has no memory left, rather than what runs on it."""
 
 
-FromWorker = Ready | ForwardDone | CopiesAck | TransitionAck | Failed
+FromWorker = Ready | ForwardDone | CopiesAck | TransitionAck | Alive | Failed

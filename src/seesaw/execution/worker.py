@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -24,7 +25,9 @@ from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType
 from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.heap import keep_heap
+from seesaw.execution.liveness import BEAT
 from seesaw.execution.messages import (
+    Alive,
     CopiesAck,
     Failed,
     FromWorker,
@@ -52,6 +55,11 @@ from seesaw.weights.store import HostWeightStore, StoreSource
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_DEVICE_ERRORS = (
+    MemoryError,
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", MemoryError),  # of torch 2.8 and later
+)
 
 
 def sharding_of(message: ShardingMessage) -> Sharding:
@@ -304,6 +312,15 @@ def worker_main(config: WorkerConfig) -> int:
         with lock:
             outbox.send(data)
 
+    ending = threading.Event()
+
+    def beat() -> None:
+        while not ending.wait(BEAT):
+            sign = msgspec.msgpack.encode(Alive(config.rank, worker.phase if worker else "startup"))
+            with lock, contextlib.suppress(zmq.Again):  # thousands may lie unread while the engine idles
+                if not ending.is_set():
+                    outbox.send(sign, zmq.NOBLOCK)
+
     worker: Worker | None = None
     try:
         enter(config.place)  # after the sockets to the control process are connected: it stays where it is
@@ -311,15 +328,26 @@ def worker_main(config: WorkerConfig) -> int:
         torch.set_num_threads(config.threads)
         worker = Worker(config, report)
         report(worker.ready())
+        threading.Thread(target=beat, daemon=True, name="signs-of-life").start()
         _serve(worker, inbox)
         code = 0
     except Exception as error:
         phase = worker.phase if worker is not None else "startup"
-        report(Failed(config.rank, phase, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        said = f"{type(error).__name__}: {error}"
+        report(Failed(config.rank, phase, said, traceback.format_exc(), _is_of_device(error)))
         code = 1
+    with lock:
+        ending.set()
     outbox.close(linger=2000)
     context.destroy(linger=2000)
     return code
+
+
+def _is_of_device(error: Exception) -> bool:
+    """Whether it is the device or its memory that failed, so that another rank may do what this one could not."""
+    if isinstance(error, _DEVICE_ERRORS):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's word on a CPU
 
 
 def _serve(worker: Worker, inbox: zmq.Socket[bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -133,16 +134,11 @@ class Scorer:
                 yield from (Plan(prefill, decode, separate=True) for decode in layouts)
 
     def _layouts(self) -> Iterator[Layout]:
-        ranks = self.hardware.ranks
-        for tp in _divisors(ranks):
-            if tp > 1 and tp not in self.hardware.all_reduce:
+        for layout in Layout.all(self.hardware.ranks):
+            if layout.tp > 1 and layout.tp not in self.hardware.all_reduce:
                 continue
-            for pp in _divisors(ranks // tp):
-                layout = Layout(dp=ranks // tp // pp, pp=pp, tp=tp)
-                try:
-                    check_layout(self.model.spec, layout, self.model.moe)
-                except LayoutError:
-                    continue
+            with suppress(LayoutError):
+                check_layout(self.model.spec, layout, self.model.moe)
                 yield layout
 
     def _combinations(self, plan: Plan, paces: Paces) -> Iterator[Scored]:
@@ -297,7 +293,3 @@ def _slowness(role: Role, pace: Pace) -> float:
     if role == "both":
         return prompt * pace.of.prompt + step * pace.of.steps
     return prompt if role == "prefill" else step
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from seesaw.core.stats import EngineStats, TransitionRecord
+from seesaw.core.stats import EngineStats, RankLoss, TransitionRecord
 from seesaw.core.units import format_bytes
 
 _LABEL = 12
@@ -33,6 +33,7 @@ def format_summary(
         ("time", _time(stats, elapsed_seconds)),
         ("plan", stats.plan),
         *_transitions(stats.transitions),
+        *_losses(stats.rank_losses),
         ("host buffer", _host(stats)),
         ("preemptions", _preemptions(stats)),
         ("device", _device(stats)),
@@ -104,6 +105,16 @@ def _transitions(records: Sequence[TransitionRecord]) -> list[tuple[str, str]]:
             f"{format_bytes(moved / len(some))} and {seconds / len(some) * 1e3:,.0f} ms each"
         )
     return list(zip(["transitions", *[""] * (len(lines) - 1)], lines, strict=True))
+
+
+def _losses(losses: Sequence[RankLoss]) -> list[tuple[str, str]]:
+    """A line for each time that ranks were lost."""
+    lines = [
+        f"{', '.join(map(str, loss.ranks))} of {loss.before}, on under {loss.after} after "
+        f"{format_seconds(loss.seconds)}; {loss.kept:,} sequences kept, {loss.restarted:,} restarted"
+        for loss in losses
+    ]
+    return list(zip(["lost ranks", *[""] * len(lines)], lines, strict=False))
 
 
 def _host(stats: EngineStats) -> str:

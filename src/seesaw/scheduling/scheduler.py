@@ -172,6 +172,36 @@ class Scheduler:
         actions, self._actions = self._actions, []
         return actions
 
+    def lose_devices(self) -> int:
+        """All ranks have ended, and with them what was in flight and the KV on their devices; `reconfigure` follows.
+
+        A sequence whose KV is whole on the host stays there. All others wait again, the oldest first, to be computed
+        from the tokens that they have. Returns how many had been computed, or were to be.
+        """
+        self._flights.clear()
+        self._copies.clear()
+        self._transitions.clear()
+        self._actions.clear()
+        self.swapping_out = 0
+        touched = [s for s in self._sequences.values() if s.status not in (Status.WAITING, Status.HOST)]
+        arriving = [s for s in touched if s.status is Status.SWAPPING_IN]
+        again = [s for s in touched if s.status not in (Status.SWAPPING_IN, Status.FINISHED)]
+        for sequence in touched:
+            sequence.off_device()
+            if sequence.status is Status.SWAPPING_IN:
+                sequence.status = Status.HOST  # a swap-in only reads the host's blocks
+                continue
+            self._release_host(sequence)
+            if sequence.status is Status.FINISHED:
+                del self._sequences[sequence.id]
+            else:
+                sequence.cached = 0
+                sequence.status = Status.WAITING
+        self.hosted.extendleft(sorted(arriving, key=lambda s: -s.admitted))
+        self.waiting.extendleft(sorted(again, key=lambda s: -s.id))
+        self.counters.restarted += len(again)
+        return len(again)
+
     def reconfigure(self, config: SchedulerConfig, policy: Policy) -> None:
         """Go on under another plan, on new ranks over the same host buffer, beginning with its first phase.
 

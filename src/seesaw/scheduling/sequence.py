@@ -109,6 +109,12 @@ class Sequence:
         """Whether nothing in flight touches it."""
         return self.copies == 0 and not self.forwarded
 
+    def off_device(self) -> None:
+        """Forget its device and all that is in flight: neither exists any more."""
+        self.home, self.group, self.slot, self.last_forward = None, -1, -1, -1
+        self.device_blocks, self.capacity, self.known_blocks, self.untold = [], 0, 0, True
+        self.copies = 0
+
     @property
     def output_token_ids(self) -> list[int]:
         """The generated tokens."""

@@ -1,0 +1,64 @@
+"""What runs on when ranks are lost: the plan for those that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+from seesaw.core.errors import ConfigError, WorkerError
+from seesaw.core.layout import Layout, Plan
+from seesaw.deployment import Deployment, redeploy
+from seesaw.planning.setup import Limits
+
+
+def without(deployment: Deployment, error: WorkerError, *, longest: int) -> Deployment:
+    """The same model under a plan for the ranks that are not `error.lost`, in the same memory of each.
+
+    As many ranks as can be used are; among their plans the one that comes first by `plans`. Sequences of `longest`
+    tokens must fit, and where some plan still has room for what was the most before, only such plans count. Raises
+    `WorkerError` if there is none.
+    """
+    places = tuple(place for rank, place in enumerate(deployment.places) if rank not in error.lost)
+    before = deployment.memory.max_model_len
+    for tokens in (before, longest):
+        for ranks in range(len(places), 0, -1):
+            left = replace(deployment, places=places[:ranks], measured="ranks were lost")
+            for plan in plans(ranks, separate=deployment.plan.separate):
+                with suppress(ConfigError):
+                    return redeploy(left, plan, _limits(deployment, tokens))
+    raise WorkerError(
+        f"{error}; {_count(len(places))} left, on which no plan has room for the model and a sequence of "
+        f"{longest} tokens",
+        rank=error.rank,
+        phase=error.phase,
+        details=error.details,
+    )
+
+
+def plans(ranks: int, *, separate: bool) -> Iterator[Plan]:
+    """Plans for so many ranks, the likeliest to be fast first: pipelines prefill, tensor parallelism decodes."""
+    every = Layout.all(ranks)
+    for decode in sorted(every, key=lambda layout: (-layout.tp, -layout.dp)):
+        if not separate:
+            yield Plan(decode, decode, separate=False)
+            continue
+        for prefill in sorted(every, key=lambda layout: (-layout.pp, -layout.dp)):
+            yield Plan(prefill, decode, separate=True)
+
+
+def _limits(deployment: Deployment, tokens: int) -> Limits:
+    options = deployment.options
+    return Limits(
+        device_memory=deployment.device_memory,
+        host_kv=deployment.host_kv,
+        policy=options.policy,
+        chunk=options.chunk,
+        max_running=deployment.scheduler.max_running,
+        block_size=options.block_size,
+        max_model_len=tokens,
+    )
+
+
+def _count(ranks: int) -> str:
+    return "no rank is" if ranks == 0 else f"{ranks} rank is" if ranks == 1 else f"{ranks} ranks are"
