@@ -115,7 +115,9 @@ class Engine:
                 except WorkerError as error:
                     self._go_on_without(error)
         except GeneratorExit:
+            self._broken = True  # unless it comes to rest
             self._give_up()  # between two steps, so that the books and the ranks agree
+            self._broken = False
             raise
         except BaseException:
             self._broken = True
@@ -273,7 +275,10 @@ class Engine:
         self._scheduler.take_finished()
         self._jobs.clear()
         self._texts.clear()
-        self._rest()
+        try:
+            self._rest()
+        except WorkerError as error:
+            self._go_on_without(error)
         self._done.clear()
 
     def _rest(self) -> None:
