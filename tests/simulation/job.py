@@ -85,7 +85,9 @@ class RandomAuto(Auto):
         for _ in range(3):
             separate = present.plan.separate and self._rng.random() < 0.7
             try:
-                return redeploy(present, random_plan(self._rng, present.plan.world, separate=separate), limits)
+                return redeploy(
+                    present, random_plan(self._rng, present.plan.world, separate=separate), limits
+                )
             except ConfigError:
                 continue
         return None
@@ -201,11 +203,16 @@ class _Run:
         tally.tokens += sum(len(o.token_ids) for o in output.outputs)
         given = [_answer(o) for o in output.outputs]
         hold(given in right, "tokens", f"{id}: {given} is not {right}")
-        hold([o.index for o in output.outputs] == list(range(row.sampling.n)), "tokens", f"{id}: its completions")
+        hold(
+            [o.index for o in output.outputs] == list(range(row.sampling.n)),
+            "tokens",
+            f"{id}: its completions",
+        )
 
     # ---- ends ---------------------------------------------------------------------------------------------
 
     def _check_rest(self, engine: Engine) -> None:
+        self.watch.check()
         scheduler = engine._scheduler
         left = {
             "sequences": scheduler.unfinished,
@@ -226,7 +233,11 @@ class _Run:
         cause = ranks.raised
         hold("stands still" not in str(error), "no deadlock", str(error))
         hold(cause is not None, "no deadlock", str(error))
-        if not isinstance(cause, WorkerError) or not cause.lost or engine._deployment.options.on_rank_loss == "stop":
+        if (
+            not isinstance(cause, WorkerError)
+            or not ranks.lost
+            or engine._deployment.options.on_rank_loss == "stop"
+        ):
             hold(error is cause, "stops", f"{error} instead of {cause}")
             return
         if error is cause:  # it came up while the ranks were started for the first time
@@ -245,7 +256,8 @@ class _Run:
             return
         try:
             next(engine.run(iter(())), None)
-        except EngineError:
+        except (EngineError, Violation) as error:
+            hold("make a new one" in str(error), "stops", f"a broken engine goes on, to {error}")
             return
         raise Violation("stops", "a broken engine goes on")
 
@@ -262,4 +274,6 @@ def _most_tokens(row: Request) -> int:
 
 def _answer(output: CompletionOutput) -> Answer:
     logprobs = None if output.logprobs is None else tuple(output.logprobs)
-    return Answer(tuple(output.token_ids), output.text, output.finish_reason or "", output.stop_reason, logprobs)
+    return Answer(
+        tuple(output.token_ids), output.text, output.finish_reason or "", output.stop_reason, logprobs
+    )

@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as changed
 
 from seesaw import elastic, engine
+from seesaw.core.actions import SamplingState
 from seesaw.core.errors import WorkerError
 from seesaw.deployment import Deployment
 from seesaw.engine import Engine
+from seesaw.scheduling import batch
 from seesaw.scheduling.batch import BatchBuilder
 from seesaw.scheduling.blocks import BlockPool
 from seesaw.scheduling.policies import base, mixed, phased
@@ -59,7 +62,9 @@ def _after(patch: Patch, owner: Any, name: str, then: Callable[..., Any]) -> Non
 # ---- losses ----------------------------------------------------------------------------------------------------
 
 
-def _losing(patch: Patch, before: Callable[[Scheduler], Any], after: Callable[[Scheduler, Any], None]) -> None:
+def _losing(
+    patch: Patch, before: Callable[[Scheduler], Any], after: Callable[[Scheduler, Any], None]
+) -> None:
     whole = Scheduler.lose_devices
 
     def lose_devices(self: Scheduler) -> int:
@@ -138,12 +143,13 @@ def lost_sequences_go_on_where_they_stood(patch: Patch) -> None:
     _losing(patch, note, restore)
 
 
-@mutation("tokens")
+@mutation("kept")
 def a_generated_token_is_lost(patch: Patch) -> None:
     def drop(self: Scheduler, _: object) -> None:
         for sequence in self.waiting:
             if sequence.generated:
                 sequence.tokens.pop()
+                del sequence.logprobs[-1:]
 
     _losing(patch, lambda s: None, drop)
 
@@ -168,7 +174,9 @@ def a_neighbour_counts_as_lost(patch: Patch) -> None:
         others = [rank for rank in range(deployment.plan.world) if rank not in error.lost]
         more = (*error.lost, *others[:1])
         return whole(
-            deployment, WorkerError(str(error), rank=error.rank, phase=error.phase, lost=more), longest=longest
+            deployment,
+            WorkerError(str(error), rank=error.rank, phase=error.phase, lost=more),
+            longest=longest,
         )
 
     patch.setattr(engine, "without", without)
@@ -199,13 +207,58 @@ def a_second_loss_while_starting_ends_the_job(patch: Patch) -> None:
     patch.setattr(Engine, "_change", change)
 
 
-@mutation("tokens")
+@mutation("no crash")
 def log_probabilities_are_forgotten_at_a_loss(patch: Patch) -> None:
     def forget(self: Scheduler, _: object) -> None:
         for sequence in self.waiting:
             sequence.logprobs.clear()
 
     _losing(patch, lambda s: None, forget)
+
+
+@mutation("tokens")
+def log_probabilities_are_mixed_up_at_a_loss(patch: Patch) -> None:
+    def turn(self: Scheduler, _: object) -> None:
+        for sequence in self.waiting:
+            sequence.logprobs.reverse()
+
+    _losing(patch, lambda s: None, turn)
+
+
+@mutation("tokens")
+def texts_are_forgotten_at_a_loss(patch: Patch) -> None:
+    whole = Engine._go_on_without
+
+    def go_on_without(self: Engine, error: WorkerError) -> None:
+        whole(self, error)
+        self._texts.clear()
+
+    patch.setattr(Engine, "_go_on_without", go_on_without)
+
+
+@mutation("recovery")
+def context_is_given_up_for_ranks(patch: Patch) -> None:
+    whole = elastic.without
+
+    def without(deployment: Deployment, error: WorkerError, *, longest: int) -> Deployment:
+        memory = replace(deployment.memory, max_model_len=longest)
+        shrunk = replace(deployment, setup=replace(deployment.setup, memory=memory))
+        return whole(shrunk, error, longest=longest)
+
+    patch.setattr(engine, "without", without)
+
+
+@mutation("stops")
+def the_job_goes_on_where_it_was_to_stop(patch: Patch) -> None:
+    whole = Engine._go_on_without
+
+    def go_on_without(self: Engine, error: WorkerError) -> None:
+        deployment = self._deployment
+        options = replace(deployment.options, on_rank_loss="continue")
+        self._deployment = replace(deployment, options=options)
+        whole(self, error)
+
+    patch.setattr(Engine, "_go_on_without", go_on_without)
 
 
 # ---- copies and blocks -----------------------------------------------------------------------------------------
@@ -282,8 +335,6 @@ def batches_are_larger_than_memory_was_set_aside_for(patch: Patch) -> None:
 @mutation("feedback")
 def feedback_is_not_waited_for(patch: Patch) -> None:
     def after(result: tuple[Any, ...], self: BatchBuilder) -> tuple[Any, ...]:
-        from msgspec.structs import replace as changed
-
         return (changed(result[0], feedback_from=-1), *result[1:])
 
     _after(patch, BatchBuilder, "build", after)
@@ -301,10 +352,61 @@ def a_slot_is_used_again_before_it_is_closed(patch: Patch) -> None:
 
 @mutation("slots")
 def slots_given_up_while_a_batch_is_made_are_closed_by_it(patch: Patch) -> None:
+    def build(self: BatchBuilder) -> Any:
+        self._closing = len(self.replica.closing)
+        return whole(self)
+
+    whole = BatchBuilder.build
+    patch.setattr(BatchBuilder, "build", build)
+
+
+@mutation("slots")
+def slots_are_never_closed(patch: Patch) -> None:
     def after(result: None, self: BatchBuilder) -> None:
         self._closing = 0
 
     _after(patch, BatchBuilder, "__post_init__", after)
+
+
+@mutation("one owner")
+def ranks_are_told_the_blocks_of_another_sequence(patch: Patch) -> None:
+    def tell_blocks(self: BatchBuilder, sequence: Sequence) -> None:
+        opens = sequence.slot < 0
+        whole(self, sequence)
+        if opens and len(self._open) > 1:
+            both = self._open[-2].blocks, self._open[-1].blocks
+            self._open[-1].blocks[: len(both[0])] = both[0][: len(both[1])]
+
+    whole = BatchBuilder._tell_blocks
+    patch.setattr(BatchBuilder, "_tell_blocks", tell_blocks)
+
+
+@mutation("feedback")
+def sampled_tokens_are_not_handed_on(patch: Patch) -> None:
+    def after(result: None, self: BatchBuilder) -> None:
+        self.feedback = False
+
+    _after(patch, BatchBuilder, "__post_init__", after)
+
+
+@mutation("tokens")
+def noise_begins_again_with_each_slot(patch: Patch) -> None:
+    _states(patch, generated=0)
+
+
+@mutation("tokens")
+def penalties_forget_what_was_generated_before_a_slot(patch: Patch) -> None:
+    _states(patch, output=[])
+
+
+def _states(patch: Patch, **fields: Any) -> None:
+    whole = batch.sampling_state
+
+    def sampling_state(sequence: Sequence, engine_seed: int) -> SamplingState | None:
+        state = whole(sequence, engine_seed)
+        return None if state is None else changed(state, **fields)
+
+    patch.setattr(batch, "sampling_state", sampling_state)
 
 
 @mutation("tokens")
@@ -335,14 +437,32 @@ def what_is_next_is_left_to_chance(patch: Patch) -> None:
 
 
 @mutation("no deadlock")
-def the_oldest_is_parked_and_growth_not_reserved(patch: Patch) -> None:
+def growth_is_not_reserved_and_nothing_parked(patch: Patch) -> None:
     patch.setattr(Scheduler, "reserve", lambda self, replica: 0)
     patch.setattr(base, "_park_youngest", lambda scheduler, replica: None)
 
 
+@mutation("no deadlock")
+def a_phase_ends_with_prompts_half_fed(patch: Patch) -> None:
+    whole = phased.PhasedPolicy._prefill_is_over
+
+    def prefill_is_over(self: phased.PhasedPolicy, scheduler: Scheduler) -> bool:
+        return whole(self, scheduler) and not scheduler.swapping_out
+
+    patch.setattr(phased.PhasedPolicy, "_prefill_is_over", prefill_is_over)
+
+
 @mutation("no livelock")
-def phases_turn_without_end(patch: Patch) -> None:
-    patch.setattr(base, "_takes", lambda scheduler, replica, sequence: replica.resident < replica.max_running)
+def what_arrives_is_parked_at_once(patch: Patch) -> None:
+    whole = Scheduler._settle
+
+    def settle(self: Scheduler, sequence: Sequence) -> None:
+        arrives = sequence.status is Status.SWAPPING_IN
+        whole(self, sequence)
+        if arrives and sequence.status is Status.RUNNING:
+            self.park(sequence)
+
+    patch.setattr(Scheduler, "_settle", settle)
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------
@@ -394,3 +514,14 @@ def all_refusals_are_the_same(patch: Patch) -> None:
     _after(patch, Engine, "_add", after)
 
 
+@mutation("nothing remains")
+def rows_are_given_up_without_waiting_for_the_ranks(patch: Patch) -> None:
+    patch.setattr(Engine, "_rest", lambda self: None)
+
+
+@mutation("once")
+def refused_rows_are_not_heard_of_again(patch: Patch) -> None:
+    def after(result: None, self: Engine, request: Any) -> None:
+        self._done[:] = [output for output in self._done if output.error is None]
+
+    _after(patch, Engine, "_add", after)

@@ -87,7 +87,8 @@ class Ranks:
         self.host: Pages = {}
         self.raised: BaseException | None = None
         """The latest error that these ranks brought up."""
-        self.killed = False
+        self.lost: tuple[int, ...] = ()
+        """The ranks that it said were lost."""
         self._rng: random.Random = job.rng
         self._faults = faults
         self._fail_start: str | None = None
@@ -230,7 +231,6 @@ class Ranks:
             if fault.kind in ("die in start", "startup"):
                 self._fail_start = fault.kind
             elif fault.kind == "killed":
-                self.killed = True
                 raise Killed
             elif fault.kind == "fail":
                 self._break(WorkerError("rank 0 failed during swap-in", rank=0, phase="swap-in"), fault)
@@ -254,7 +254,7 @@ class Ranks:
         return tuple(sorted(self._rng.sample(range(world), count)))
 
     def _raise(self, error: EngineError) -> NoReturn:
-        self.raised = error
+        self.raised, self.lost = error, error.lost if isinstance(error, WorkerError) else ()
         self.watch.failing(error)
         raise error
 
@@ -318,7 +318,9 @@ class Ranks:
 
     def _read(self, replica: _Replica, slot: _Slot, length: int) -> bytes:
         blocks = slot.blocks[: -(-length // self._block_size)]
-        hold(all(b in replica.pages for b in blocks), "tokens", "a device block is read and was never written")
+        hold(
+            all(b in replica.pages for b in blocks), "tokens", "a device block is read and was never written"
+        )
         prefix = b"".join([replica.pages[block] for block in blocks])[:length]
         whole = len(prefix) == length and UNWRITTEN not in prefix
         hold(whole, "tokens", "KV is read that was never written")
@@ -353,5 +355,3 @@ def _sample(slot: _Slot, prefix: bytes) -> tuple[int, ChosenToken | None]:
     noise = state.noise_key if state.temperature > 0 else 0
     new = sample(prefix, noise, index, banned, state.logprobs)
     return new.token, new.choice if state.logprobs >= 0 else None
-
-

@@ -109,7 +109,9 @@ def _entry(token: int, choice: ChosenToken, tokenizer: ToyTokenizer | None) -> d
     def said(token: int) -> str | None:
         return None if tokenizer is None else tokenizer.decode([token], skip_special_tokens=False)
 
-    top = {other: TokenLogprob(p, i, said(other)) for i, (other, p) in enumerate(choice.top, 1) if other != token}
+    top = {
+        other: TokenLogprob(p, i, said(other)) for i, (other, p) in enumerate(choice.top, 1) if other != token
+    }
     return {token: TokenLogprob(choice.logprob, choice.rank, said(token)), **top}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 ACTIONS_PER_TOKEN = 40
 """More of them than this for each token to be fed or sampled, and the engine goes in circles."""
+SLOTS = 3
+"""For each sequence that a batch can have: its own, those of the batch before, which the next one closes, and some."""
 WHOLE = (Status.HOST, Status.SWAPPING_IN)
 """Where a sequence's KV is whole on the host."""
 
@@ -105,6 +107,9 @@ class _Kept:
     """A sequence as it stood when ranks were lost."""
 
     sequence: Sequence
+    tokens: list[int]
+    whole: bool
+    """Whether its KV was whole on the host."""
     cached: int
     blocks: list[int]
 
@@ -215,10 +220,8 @@ class Watch:
     def check(self) -> None:
         """The books, and that nothing in flight touches what is free."""
         assert self._scheduler is not None
-        try:
+        with _books():
             check_integrity(self._scheduler)
-        except AssertionError as error:
-            raise Violation("books", str(error)) from error
         host = self._scheduler.host._free
         free: dict[Replica, set[int]] = {}
         free_host = set(host)
@@ -244,8 +247,12 @@ class Watch:
         assert self._scheduler is not None and self._deployment is not None
         config, table = self._deployment.scheduler, self._tables[action.replica]
         flight = self._scheduler._flights[action.id]
-        most = max(config.max_batch_tokens, config.max_running)
-        hold(len(action.tokens) <= most, "budgets", f"a batch of {len(action.tokens)} tokens; {most} are set aside")
+        most = _most_tokens(self._deployment)
+        hold(
+            len(action.tokens) <= most,
+            "budgets",
+            f"a batch of {len(action.tokens)} tokens; {most} are set aside",
+        )
         self._update_table(action, table)
         owners = dict(zip(action.slots, flight.sequences, strict=True))
         self._check_feedback(action)
@@ -269,11 +276,13 @@ class Watch:
         if action.write_through:
             device, host = zip(*action.write_through, strict=True)
             self._check_blocks(device, host)
-            copy = _InFlight(flight.replica, action, frozenset(device), frozenset(), host_writes=frozenset(host))
+            copy = _InFlight(
+                flight.replica, action, frozenset(device), frozenset(), host_writes=frozenset(host)
+            )
             self._launch((action.id, True), [copy])
 
     def _update_table(self, action: Forward, table: dict[int, tuple[object, list[int]]]) -> None:
-        assert self._scheduler is not None
+        assert self._scheduler is not None and self._deployment is not None
         for slot in action.close:
             hold(table.pop(slot, None), "slots", f"slot {slot} is closed and not open")
         flight = self._scheduler._flights[action.id]
@@ -281,6 +290,8 @@ class Watch:
         for opened in action.open:
             hold(opened.slot not in table, "slots", f"slot {opened.slot} is opened twice")
             self._check_blocks(opened.blocks, ())
+            many = opened.slot >= SLOTS * _most_tokens(self._deployment)
+            hold(not many, "slots", f"slot {opened.slot} is opened, and most are never used again")
             table[opened.slot] = owners.get(opened.slot), list(opened.blocks)
         for slot, block in action.new_blocks:
             self._check_blocks((block,), ())
@@ -310,7 +321,9 @@ class Watch:
     def _swap(self, action: SwapOut | SwapIn) -> None:
         assert self._scheduler is not None
         (sequence,) = self._scheduler._copies[action.id]
-        hold(sequence.home is not None, "in flight", f"copy {action.id} is of a sequence that is on no device")
+        hold(
+            sequence.home is not None, "in flight", f"copy {action.id} is of a sequence that is on no device"
+        )
         assert sequence.home is not None
         device, host = zip(*action.pairs, strict=True)
         self._check_blocks(device, host)
@@ -333,7 +346,9 @@ class Watch:
     def _check_blocks(self, device: Iterable[int], host: Iterable[int]) -> None:
         assert self._deployment is not None
         most = self._deployment.memory.host_blocks
-        hold(all(0 <= b < self._device for b in device), "budgets", f"device blocks {device} of {self._device}")
+        hold(
+            all(0 <= b < self._device for b in device), "budgets", f"device blocks {device} of {self._device}"
+        )
         hold(all(0 <= b < most for b in host), "budgets", f"host blocks {host} of {most}")
 
     def _launch(self, key: tuple[int, bool], new: list[_InFlight]) -> None:
@@ -357,11 +372,15 @@ class Watch:
         self._survivors = [place for rank, place in enumerate(places) if rank not in error.lost]
         live = self._scheduler.live()
         self.tally.rescued += sum(s.status is Status.SWAPPING_IN for s in live)
-        self._kept = [_Kept(s, s.cached, list(s.host_blocks)) for s in live if s.status in WHOLE]
-        kept = {k.sequence.id for k in self._kept}
+        self._kept = [
+            _Kept(s, list(s.tokens), s.status in WHOLE, s.cached, list(s.host_blocks)) for s in live
+        ]
+        kept = {k.sequence.id for k in self._kept if k.whole}
         self._computed = {id: count for id, count in self._computed.items() if id in kept}
 
-    def starting(self, before: Deployment | None, deployment: Deployment, host: Mapping[int, bytearray]) -> None:
+    def starting(
+        self, before: Deployment | None, deployment: Deployment, host: Mapping[int, bytearray]
+    ) -> None:
         """Ranks of `deployment` are about to start over `host`."""
         self._flying.clear()
         self._deployment = deployment
@@ -379,9 +398,15 @@ class Watch:
             return
         for kept in self._kept:
             sequence = kept.sequence
+            hold(sequence.tokens == kept.tokens, "kept", f"sequence {sequence.id} lost tokens")
             same = (sequence.cached, sequence.host_blocks) == (kept.cached, kept.blocks)
-            hold(sequence.status is Status.HOST and same, "kept", f"sequence {sequence.id} lost its KV")
-        self.tally.kept += len(self._kept)
+            stays = sequence.status is Status.HOST and same
+            hold(stays or not kept.whole, "kept", f"sequence {sequence.id} lost its KV")
+        self.tally.kept += sum(kept.whole for kept in self._kept)
+        with _books():
+            self._scheduler.host.check(
+                [b for s in self._scheduler._sequences.values() for b in s.host_blocks]
+            )
         self._kept = None
         assert before is not None
         self._check_places(before, deployment)
@@ -395,10 +420,28 @@ class Watch:
         longest = max((s.limit for s in self._scheduler.live()), default=1)
         used, tokens = len(places), before.memory.max_model_len
         if deployment.memory.max_model_len < tokens:
-            hold(not fitting(before, len(survivors), tokens), "recovery", f"{deployment.plan} has less room than it could")
+            hold(
+                not fitting(before, len(survivors), tokens),
+                "recovery",
+                f"{deployment.plan} has less room than it could",
+            )
             tokens = longest
         more = fitting(before, len(survivors), tokens, more_than=used)
         hold(not more, "recovery", f"{deployment.plan} runs where {more} ranks could")
+
+
+def _most_tokens(deployment: Deployment) -> int:
+    """Of one batch, for which memory is set aside."""
+    return max(deployment.scheduler.max_batch_tokens, deployment.scheduler.max_running)
+
+
+@contextmanager
+def _books() -> Iterator[None]:
+    """What is asserted in here is about the books."""
+    try:
+        yield
+    except AssertionError as error:
+        raise Violation("books", str(error)) from error
 
 
 def _check_race(old: _InFlight, new: _InFlight) -> None:
@@ -415,7 +458,9 @@ def _check_race(old: _InFlight, new: _InFlight) -> None:
 
 def _check_host(sequence: Sequence, size: int, host: Mapping[int, bytearray]) -> None:
     found = b"".join([host.get(block, b"") for block in sequence.host_blocks])[: sequence.cached]
-    hold(found == bytes(sequence.tokens[: sequence.cached]), "kept", f"the host has other KV of {sequence.id}")
+    hold(
+        found == bytes(sequence.tokens[: sequence.cached]), "kept", f"the host has other KV of {sequence.id}"
+    )
 
 
 def fitting(deployment: Deployment, ranks: int, tokens: int, *, more_than: int = 0) -> int:

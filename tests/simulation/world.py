@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from seesaw.core.errors import ConfigError
@@ -26,7 +25,10 @@ SHAPES = ((8, 8, 2), (3, 6, 3), (4, 4, 4))
 LONGEST = 64
 """Tokens that the model itself can take."""
 WORLDS = (1, 2, 2, 3, 4, 4, 4, 6, 8)
-POLICIES = {True: ("seesaw", "prefill-first", "decode-first"), False: ("chunked", "prefill-first", "decode-first")}
+POLICIES = {
+    True: ("seesaw", "prefill-first", "decode-first"),
+    False: ("chunked", "prefill-first", "decode-first"),
+}
 FAULTS = ("die", "die", "die", "die in start", "fail", "startup", "killed")
 
 
@@ -125,7 +127,12 @@ def _faults(rng: random.Random, size: int) -> list[Fault]:
     last = rng.choice((15, 60, 60, 200)) + 10 * size
     return sorted(
         (
-            Fault(rng.randrange(last), rng.choice(FAULTS), rng.choice((0.0, 0.0, 0.5, 1.0)), rng.choice((0, 0, 3, 30)))
+            Fault(
+                rng.randrange(last),
+                rng.choice(FAULTS),
+                rng.choice((0.0, 0.0, 0.5, 1.0)),
+                rng.choice((0, 0, 3, 30)),
+            )
             for _ in range(rng.choice((1, 1, 2, 3)))
         ),
         key=lambda fault: fault.at,
@@ -137,7 +144,11 @@ def _faults(rng: random.Random, size: int) -> list[Fault]:
 
 def _row(rng: random.Random, number: int, longest: int, most: int, speaks: bool) -> Request:
     kind = rng.random()
-    length = rng.randrange(1, max(2, longest)) if kind < 0.9 else rng.choice((0, longest, longest - 1, longest + 3))
+    length = (
+        rng.randrange(1, max(2, longest))
+        if kind < 0.9
+        else rng.choice((0, longest, longest - 1, longest + 3))
+    )
     prompt = [rng.randrange(VOCAB) for _ in range(length)]
     if prompt and rng.random() < 0.02:
         prompt[-1] = VOCAB + rng.randrange(3)
