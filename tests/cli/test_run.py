@@ -89,6 +89,7 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
         "transition": "delta",
         "overlap": False,
         "threads_per_rank": 2,
+        "preflight": "limits",
     }
     (answer,) = read(tmp_path / "o.jsonl")
     assert answer["response"]["body"]["model"] == "name"
