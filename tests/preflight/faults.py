@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -92,29 +93,39 @@ class Stale(Passing):
         return x if before is None or before.shape != x.shape else x.copy_(before)
 
 
-def corrupt_shm(transport: Transport, rank: int) -> Transport:
-    """Only shared memory is broken."""
-    return Corrupting(transport, rank) if transport.name == "shm" else transport
+class Mixing(Passing):
+    """The parts of a gather come in the wrong order."""
+
+    def gather(self, x: Tensor, members: Members) -> list[Tensor] | None:
+        parts = super().gather(x, members)
+        return None if parts is None else parts[::-1]
 
 
-def hang_shm(transport: Transport, rank: int) -> Transport:
-    return Hanging(transport, rank) if transport.name == "shm" else transport
+class Leaving(Passing):
+    """Rank 1 ends without a word."""
+
+    def all_reduce(self, x: Tensor, members: Members) -> Tensor:
+        if self._rank == 1 and x.nbytes > 8:
+            os._exit(7)
+        return super().all_reduce(x, members)
 
 
-def raise_shm(transport: Transport, rank: int) -> Transport:
-    return Raising(transport, rank) if transport.name == "shm" else transport
+def _broken(kind: str, fault: type[Passing]) -> Callable[[Transport, int], Transport]:
+    """A wrapper that breaks transports of one kind."""
+
+    def wrap(transport: Transport, rank: int) -> Transport:
+        return fault(transport, rank) if transport.name == kind else transport
+
+    return wrap
 
 
-def die_shm(transport: Transport, rank: int) -> Transport:
-    return Dying(transport, rank) if transport.name == "shm" else transport
-
-
-def stale_shm(transport: Transport, rank: int) -> Transport:
-    return Stale(transport, rank) if transport.name == "shm" else transport
-
-
-def die_tcp(transport: Transport, rank: int) -> Transport:
-    return Dying(transport, rank) if transport.name == "tcp" else transport
+corrupt_shm = _broken("shm", Corrupting)
+hang_shm, hang_tcp = _broken("shm", Hanging), _broken("tcp", Hanging)
+raise_shm = _broken("shm", Raising)
+die_shm, die_tcp = _broken("shm", Dying), _broken("tcp", Dying)
+leave_shm = _broken("shm", Leaving)
+stale_shm = _broken("shm", Stale)
+mix_shm = _broken("shm", Mixing)
 
 
 def corrupt_native(transport: Transport, rank: int) -> Transport:
@@ -122,5 +133,4 @@ def corrupt_native(transport: Transport, rank: int) -> Transport:
     return transport if transport.name == "gloo" else Corrupting(transport, rank)
 
 
-def corrupt_all(transport: Transport, rank: int) -> Transport:
-    return Corrupting(transport, rank)
+corrupt_all = Corrupting

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import msgspec
 
@@ -29,7 +29,9 @@ from seesaw.core.errors import ConfigError
 from seesaw.core.node import Place
 from seesaw.preflight.messages import MEET, PLACE, Check, Problem, Ready, Step, Verdict
 from seesaw.preflight.program import describe
-from seesaw.transport.select import Kind, resolve_kind
+
+if TYPE_CHECKING:
+    from seesaw.transport.select import Kind
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -57,6 +59,10 @@ class Connection:
     """A sentence for each transport that failed before."""
 
 
+class LeaderLostError(Exception):
+    """The leader is of no more use; the message says what it did, as in `did not answer within 23 s`."""
+
+
 class Leader:
     """The control process's end of a leader process (`seesaw.preflight.leader`); starts it, and owns it."""
 
@@ -72,14 +78,14 @@ class Leader:
             )
 
     def attempt(self, check: Check) -> Verdict:
-        """Carry out `check`. Raises `_LeaderLostError` if the leader ends or does not answer in time."""
+        """Carry out `check`. Raises `LeaderLostError` if the leader ends or does not answer in time."""
         if not self._ready:
             self._answer(Ready, LOADING_SECONDS)
             self._ready = True
         try:
             self._socket.sendall(msgspec.json.encode(check) + b"\n")
         except OSError:
-            raise _LeaderLostError("ended") from None
+            raise LeaderLostError("ended") from None
         return self._answer(Verdict, check.limit + GRACE_SECONDS)
 
     def _answer(self, kind: type[_T], seconds: float) -> _T:
@@ -87,15 +93,20 @@ class Leader:
         while b"\n" not in self._pending:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._socket], [], [], left)[0]:
-                raise _LeaderLostError(f"did not answer within {seconds:g} s")
+                raise LeaderLostError(f"did not answer within {seconds:g} s")
             with suppress(ConnectionError):
                 data = self._socket.recv(_LARGEST_ANSWER)
                 self._pending += data
                 if data:
                     continue
-            raise _LeaderLostError("ended")
+            raise LeaderLostError("ended")
         line, _, self._pending = self._pending.partition(b"\n")
         return msgspec.json.decode(line, type=kind)
+
+    @property
+    def pid(self) -> int:
+        """Of the leader, and of its process group."""
+        return self._process.pid
 
     def close(self) -> None:
         """Kill the leader and all ranks it has. May be called twice."""
@@ -104,10 +115,6 @@ class Leader:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-
-
-class _LeaderLostError(Exception):
-    """The leader is of no more use; the message says what it did, as in `did not answer within 23 s`."""
 
 
 _early: list[Leader] = []
@@ -151,12 +158,12 @@ def find_connection(
     failures: list[str] = []
     addresses = all(place.address for place in places)
     kinds = _candidates(transport, len(places), addresses=addresses)
-    with _Attempts() as attempts:
+    with Attempts() as attempts:
         for kind in kinds:
             if failures:
                 logger.warning("preflight: %s; going on with '%s'", failures[-1], kind)
             there = _with_addresses(places) if kind == "tcp" else tuple(places)
-            with _meeting(kind) as rendezvous:
+            with meeting(kind) as rendezvous:
                 check = Check(
                     transport=kind,
                     places=list(there),
@@ -174,7 +181,7 @@ def find_connection(
             if verdict.problem.step == PLACE and verdict.problem.kind == "raised":
                 said = verdict.problem.message.partition(": ")[2]
                 raise ConfigError(f"preflight: rank {verdict.problem.ranks[0]} {said}")
-            failures.append(f"transport '{kind}' failed: {_sentence(verdict.problem, check)}")
+            failures.append(f"transport '{kind}' failed: {explain(verdict.problem, check)}")
     raise ConfigError(
         f"preflight: no transport connects the {len(places)} ranks: {'; '.join(failures)}; {_remedy(transport)}"
     )
@@ -188,6 +195,8 @@ def _remedy(transport: str) -> str:
 
 def _candidates(transport: str, world: int, *, addresses: bool) -> list[Kind]:
     """The transports to try, in order. Raises `ConfigError` for one that cannot be had."""
+    from seesaw.transport.select import resolve_kind  # brings torch
+
     first = resolve_kind(transport, world=world, addresses=addresses)
     if transport != "auto" or first == "single":
         return [first]
@@ -201,7 +210,7 @@ def _with_addresses(places: Sequence[Place]) -> tuple[Place, ...]:
 
 
 @contextmanager
-def _meeting(kind: Kind) -> Iterator[str]:
+def meeting(kind: Kind) -> Iterator[str]:
     """A directory in which ranks meet, where they need one."""
     if kind in ("shm", "single"):
         yield ""
@@ -213,7 +222,7 @@ def _meeting(kind: Kind) -> Iterator[str]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-class _Attempts:
+class Attempts:
     """Carries attempts out, by the leader that was started early if there is one, and by a new one after a loss."""
 
     def __init__(self) -> None:
@@ -233,14 +242,14 @@ class _Attempts:
         started = time.monotonic()
         try:
             return self._leader.attempt(check)
-        except _LeaderLostError as error:
+        except LeaderLostError as error:
             self._leader.close()
             self._leader = None
             lost = Problem(kind="raised", step=MEET, ranks=(), message=f"the checking process {error}")
             return Verdict(problem=lost, seconds=time.monotonic() - started)
 
 
-def _sentence(problem: Problem, check: Check) -> str:
+def explain(problem: Problem, check: Check) -> str:
     """What went wrong, in words: operation, ranks, and how."""
     where = describe(check.steps, problem.step)
     who = ", ".join(map(str, problem.ranks))
@@ -254,6 +263,3 @@ def _sentence(problem: Problem, check: Check) -> str:
             return f"{where} did not end within {check.limit:g} s (rank{plural} {who} stood there)"
         case _:
             return f"rank {who} raised {problem.message} during {where}" if who else problem.message
-
-
-__all__ = ["Connection", "Leader", "discard_early", "find_connection", "start_early"]
