@@ -12,7 +12,7 @@ import pytest
 
 from seesaw.core.errors import ConfigError
 from seesaw.preflight.disk import JOURNAL_ROW_BYTES, check_space, check_writable
-from seesaw.preflight.expected import LINE_BYTES, TOKEN_BYTES, expect, input_bytes
+from seesaw.preflight.expected import LEAST_BYTES, LINE_BYTES, TOKEN_BYTES, Expected, expect, input_bytes
 from seesaw.preflight.findings import Finding, settle
 from seesaw.preflight.gate import PAYS_FROM_BYTES, check_job_files, choose_mode
 
@@ -84,10 +84,17 @@ def test_expectations_follow_the_first_rows(tmp_path: Path) -> None:
     found = expect([rows(tmp_path / "in.jsonl", plain, batch, times=5000)], None)
     assert found is not None
     assert found.rows == pytest.approx(10_000, rel=0.01)
-    assert found.least == LINE_BYTES
+    assert found.least == LEAST_BYTES < LINE_BYTES
     assert found.most == pytest.approx(LINE_BYTES + (100 + 600) / 2 * TOKEN_BYTES, rel=0.01)
     limited = expect([tmp_path / "in.jsonl"], 7)
     assert limited is not None and limited.rows == 7
+
+
+def test_other_formats_take_less() -> None:
+    expected = Expected(rows=10, least=100, most=1000)
+    assert expected.as_written(Path("o.jsonl")) == expected
+    assert expected.as_written(Path("o.csv")) == Expected(rows=10, least=0, most=1000)
+    assert expected.as_written(Path("o.jsonl.zst")) == Expected(rows=10, least=0, most=200)
 
 
 def test_rows_that_cannot_be_read_get_no_text(tmp_path: Path) -> None:

@@ -134,12 +134,12 @@ def test_a_small_dev_shm_does_not_matter(plan: str, size: str, model: Path, sour
 def test_a_disk_that_is_surely_too_small(model: Path, source: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    mount = f"mount -t tmpfs -o size=8k none {small}"
+    mount = f"mount -t tmpfs -o size=4k none {small}"
     result = run_with(mount, model, source, "--plan", "T1", "--output", str(small / "out.jsonl"))
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        f"error: preflight: disk: {ROWS} rows take at least 12.0 KiB at {small}/out.jsonl, and {small} has "
-        "8.00 KiB free; free some space, or write elsewhere with --output"
+        f"error: preflight: disk: {ROWS} rows take at least 6.09 KiB at {small}/out.jsonl, and {small} has "
+        "4.00 KiB free; free some space, or write elsewhere with --output"
     ]
 
 

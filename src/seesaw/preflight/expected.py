@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-LINE_BYTES = 360
-"""Least of an answer's line: what it has besides text."""
+LEAST_BYTES = 160
+"""Of any line, one that says a row could not be read included."""
+LINE_BYTES = 420
+"""Of an answer's line: what it has besides text."""
 TOKEN_BYTES = 5.0
 """Of text, for a generated token; English has about 4.5."""
 LOGPROB_BYTES = 120.0
@@ -20,6 +22,8 @@ _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 1024
 _LOOK_BYTES = 256 << 10
 _PACKED = {".gz": 5, ".zst": 5, ".parquet": 5}
 """By ending, how often larger the rows are than the file."""
+_LINES = (".jsonl", ".json", ".ndjson", ".txt", "")
+"""Endings of files whose lines have the sizes above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,12 @@ class Expected:
     """Bytes that a row takes at least."""
     most: float
     """Bytes that a row takes if it generates all tokens it may."""
+
+    def as_written(self, output: Path) -> Expected:
+        """In a file of that name: other formats take less than lines of JSON, how much less is not known."""
+        if output.suffix in _LINES:
+            return self
+        return replace(self, least=0.0, most=self.most / _PACKED.get(output.suffix, 1))
 
 
 def input_bytes(inputs: Sequence[Path]) -> int | None:
@@ -50,7 +60,7 @@ def expect(inputs: Sequence[Path], limit: int | None) -> Expected | None:
     """
     total = input_bytes(inputs)
     first = inputs[0]
-    if not total or first.suffix in _PACKED or first.suffix == ".csv":
+    if not total or first.suffix not in _LINES:
         return None
     with first.open("rb") as file:
         beginning = file.read(_LOOK_BYTES)
@@ -61,7 +71,7 @@ def expect(inputs: Sequence[Path], limit: int | None) -> Expected | None:
     rows = round(total / (len(whole) / len(lines)))
     return Expected(
         rows=rows if limit is None else min(rows, limit),
-        least=LINE_BYTES,
+        least=LEAST_BYTES,
         most=LINE_BYTES + sum(_answer_bytes(line) for line in lines) / len(lines),
     )
 

@@ -51,6 +51,7 @@ def check_job_files(
     ]
     expected = expect(inputs, limit)
     if expected is not None:
+        expected = expected.as_written(output)
         findings.append(
             check_space(output, rows=expected.rows, least=expected.least, most=expected.most, written=written)
         )
