@@ -100,9 +100,11 @@ def test_other_formats_take_less() -> None:
 def test_rows_that_cannot_be_read_get_no_text(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'not json\n[1]\n{"body": 3}\n{"prompt": "a", "max_tokens": "many"}\n\n\xff\n')
+    with path.open("ab") as file:
+        file.write(b"[" * 50_000 + b"\n")  # deeper than any parser goes
     found = expect([path], None)
-    assert found is not None and found.rows == 5
-    assert found.most == pytest.approx(LINE_BYTES + 16 * TOKEN_BYTES / 5)
+    assert found is not None and found.rows == 6
+    assert found.most == pytest.approx(LINE_BYTES + 16 * TOKEN_BYTES / 6)
 
 
 def test_inputs_that_are_not_looked_at(tmp_path: Path) -> None:

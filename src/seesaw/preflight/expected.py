@@ -80,7 +80,7 @@ def _answer_bytes(line: bytes) -> float:
     """Bytes of the text that a row may get; of one that cannot be read, none."""
     try:
         row = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return 0.0
     if not isinstance(row, dict):
         return 0.0
