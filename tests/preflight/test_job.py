@@ -71,6 +71,7 @@ def test_the_engine_runs_over_what_works(
     assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in expected]
 
 
+@pytest.mark.slow
 def test_a_job_without_a_transport_does_not_start(
     model: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
