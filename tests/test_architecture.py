@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "execution": {"core", "models", "weights", "kv", "attention", "ops", "transport", "native"},
     "report": {"core"},
     "jobs": {"core", "report", "text"},
+    "preflight": {"core", "models", "weights", "transport", "execution", "native"},
     "profiling": None,
     "bench": None,
     "cli": None,

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-import psutil
-
 from seesaw.core.errors import ConfigError, LayoutError, ModelError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout, Plan
@@ -25,6 +23,8 @@ from seesaw.planning.at_hand import nominal_turn_costs, profile_at_hand
 from seesaw.planning.memory import MemoryPlan, TransitionMode
 from seesaw.planning.setup import Limits, Setup, set_up
 from seesaw.planning.shapes import stored_as
+from seesaw.preflight.gate import Mode as PreflightMode
+from seesaw.preflight.system import available_memory
 from seesaw.scheduling.config import SchedulerConfig
 from seesaw.weights.sharding import Sharding, check_layout
 
@@ -72,6 +72,8 @@ class Options:
     """When a rank dies or hangs: `continue` with those that are left, or `stop`."""
     rank_timeout: float = 60.0
     """Seconds without a sign of life after which a rank is taken for lost."""
+    preflight: str = "off"
+    """What is checked before ranks start: `off`, `limits` (memory), or `on` (that ranks can really talk, too)."""
     profile: str | None = None
     """A folder to which each rank writes where its time went, by phase and function (`rank0.json`, …)."""
 
@@ -194,6 +196,7 @@ def _check_choices(options: Options) -> None:
         "load_format": get_args(LoadFormat),
         "transition": ("auto", *get_args(TransitionMode)),
         "on_rank_loss": ("continue", "stop"),
+        "preflight": get_args(PreflightMode),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
@@ -269,7 +272,7 @@ def _choose_dtype(options: Options, spec: ModelSpec) -> DType:
 
 def _budgets(options: Options, plan: Plan) -> tuple[int, int]:
     """Bytes per rank and of the host buffer. Left open, they are shares of the memory that is free now."""
-    free = psutil.virtual_memory().available
+    free = available_memory()
     default_host = min(free // 4, 32 << 30) if plan.separate else min(free // 10, 4 << 30)
     host_kv = default_host if options.host_kv is None else parse_bytes(options.host_kv)
     if options.device_memory is not None:

@@ -18,6 +18,7 @@ from seesaw.core.stats import EngineStats
 from seesaw.deployment import Deployment, Options, resolve
 from seesaw.engine import Engine
 from seesaw.launch import LocalNode
+from seesaw.preflight.gate import check_plan
 from seesaw.rows import Counted
 from seesaw.text import Tokenizer
 
@@ -53,6 +54,7 @@ class LLM:
         fork_server()  # it imports torch while this process reads config and tokeniser
         deployment = resolve(Options(model=str(model), **options))
         self.tokenizer = _load_tokenizer(str(model), tokenizer)
+        deployment = check_plan(deployment)
         self._node = LocalNode()
         # at exit too, and before the interpreter is taken down, which `__del__` would not be
         self._close = weakref.finalize(self, self._node.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from seesaw.core.units import parse_bytes
 
 if TYPE_CHECKING:
     from seesaw.jobs.base import JobEngine, JobOptions, JobSummary
+    from seesaw.preflight.gate import Mode
 
 
 def run(
@@ -40,6 +42,7 @@ def run(
     device_memory: opt.DeviceMemory = None,
     host_kv: opt.HostKV = None,
     max_model_len: opt.MaxModelLen = None,
+    preflight: opt.Preflight = "auto",
     debug: opt.Debug = False,
 ) -> None:
     """Run every row of a job file; each becomes one line of the output or of the error file.
@@ -67,6 +70,7 @@ def run(
             "overlap": not sync_loop,
             "threads_per_rank": threads_per_rank,
             "on_rank_loss": on_rank_loss,
+            "preflight": preflight,
         }
     job = JobOptions(
         input=input,
@@ -80,7 +84,12 @@ def run(
 
 
 def open_engine(model: str, options: dict[str, Any]) -> AbstractContextManager[JobEngine]:
-    """The engine of a job. Importing it brings torch."""
+    """The engine of a job. Importing it brings torch, which other processes load in the meantime."""
+    from seesaw.execution.fork_server import fork_server
+    from seesaw.preflight.gate import start_early
+
+    fork_server()
+    start_early(options["preflight"])
     from seesaw.llm import LLM
 
     return LLM(model, **options)
@@ -104,8 +113,7 @@ def _run(job: JobOptions, engine_options: dict[str, Any], *, debug: bool) -> int
 
     with reported(debug=debug) as command:
         check_files(job)
-        if engine_options["plan"] != "auto":
-            Plan.parse(engine_options["plan"])
+        engine_options["preflight"] = _check_before(job, engine_options)
         with open_engine(job.model, engine_options) as engine:
             command.started = True
             command.hint = f"what was answered so far is in {part_path(job.output_path)}"
@@ -113,6 +121,22 @@ def _run(job: JobOptions, engine_options: dict[str, Any], *, debug: bool) -> int
                 summary = run_job(engine, job, on_progress=show)
             _print_summary(summary)
     return summary.exit_code
+
+
+def _check_before(job: JobOptions, options: dict[str, Any]) -> Mode:
+    """Check the job's files and the plan's name; returns what the engine is to check. Raises a `ConfigError`."""
+    from seesaw.jobs.writer import part_path
+    from seesaw.preflight.gate import check_job_files, choose_mode
+
+    ranks = options["ranks"] or len(os.sched_getaffinity(0))
+    if options["plan"] != "auto":
+        ranks = Plan.parse(options["plan"]).world
+    if options["preflight"] == "off":
+        return "off"
+    output = job.output_path
+    written = sum(path.stat().st_size for path in (part_path(output),) if path.is_file())
+    check_job_files(job.inputs, output, job.errors_path, limit=job.limit, written=written)
+    return choose_mode(options["preflight"], ranks=ranks, inputs=job.inputs, limit=job.limit)
 
 
 def _print_summary(summary: JobSummary) -> None:

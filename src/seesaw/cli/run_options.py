@@ -115,6 +115,14 @@ SyncLoop = Annotated[
     bool,
     typer.Option("--sync-loop", help="Wait for each step before the next.", rich_help_panel=_ENGINE),
 ]
+Preflight = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(
+        help="Check memory, disk and, unless the job is tiny, that the ranks can really exchange data, before it "
+        "starts; on checks that for any job.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option(help="Seed of the sampling noise.", metavar="N", rich_help_panel=_ENGINE),

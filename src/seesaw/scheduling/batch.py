@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from seesaw.core.actions import FEEDBACK, Forward, SamplingState, SlotInit
 from seesaw.core.noise import noise_key
+from seesaw.scheduling.lockstep import Lockstep
 from seesaw.scheduling.replica import Replica
 from seesaw.scheduling.sequence import Sequence
 
@@ -42,6 +43,10 @@ class Flight:
     group: int
     sequences: list[Sequence]
     sampled: list[Sequence]
+    last: list[Sequence]
+    """Those whose limit its token reaches."""
+    stops: bool
+    """Whether there are tokens that would end one of them."""
 
 
 @dataclass(slots=True)
@@ -65,6 +70,7 @@ class BatchBuilder:
     _new_blocks: list[tuple[int, int]] = field(default_factory=list)
     _write_through: list[tuple[int, int]] = field(default_factory=list)
     _copied: list[Sequence] = field(default_factory=list)
+    _last: list[Sequence] = field(default_factory=list)
     _feedback_from: int = -1
     _closing: int = field(init=False)
     """Slots given up before this Forward was begun; later ones may be in it still."""
@@ -83,6 +89,8 @@ class BatchBuilder:
         last = start + count == len(sequence.tokens)
         if last:
             self._sampled.append(len(self.sequences))
+            if start + count + 1 >= sequence.limit:
+                self._last.append(sequence)
         self.sequences.append(sequence)
         self._slots.append(sequence.slot)
         self._starts.append(start)
@@ -92,25 +100,43 @@ class BatchBuilder:
         sequence.last_forward = self.id
         return last
 
-    def feed_steps(self, running: list[Sequence]) -> None:
-        """Add one decode step of each of these sequences; their device blocks exist already.
+    def feed_all(self, lockstep: Lockstep, due: list[Sequence], last: list[Sequence]) -> None:
+        """Add a decode step of each member; their device blocks exist already, and only those `due` have new ones.
 
-        Passes over lists, since this runs once for each token that is generated.
+        For those in `last` it is the last one.
         """
+        for sequence in due:
+            if sequence.untold and sequence.lockstep is not None:
+                self._tell_blocks(sequence)
+        running = lockstep.members
+        old = 0 if lockstep.uneven else len(running) - lockstep.fresh
+        if old and lockstep.latest > self.replica.completed:
+            self._tokens.extend([FEEDBACK] * old)
+            self._feedback_from = lockstep.latest
+        else:
+            self._tokens.extend([s.tokens[-1] for s in running[:old]])
+        self._feed_tokens(running[old:])
+        self._last.extend(last)
+        self._step(running)
+
+    def feed_some(self, running: list[Sequence]) -> None:
+        """Add a decode step of each of these sequences, whatever they were in before; their device blocks exist."""
         for sequence in [s for s in running if s.untold]:
             self._tell_blocks(sequence)
-        starts = [s.cached for s in running]
+        self._feed_tokens(running)
+        self._last.extend([s for s in running if s.cached + 2 >= s.limit])
+        self._step(running)
+
+    def _feed_tokens(self, running: list[Sequence]) -> None:
+        """The next token of each, if it has come back."""
         asked = [s.last_forward for s in running if s.cached >= len(s.tokens)]
-        if len(asked) == len(running):
-            self._tokens.extend([FEEDBACK] * len(running))
-        else:
-            known = [s.tokens for s in running]
-            self._tokens.extend(
-                [t[c] if c < len(t) else FEEDBACK for t, c in zip(known, starts, strict=True)]
-            )
-        self._feedback_from = max(asked, default=self._feedback_from)
+        self._tokens.extend([s.tokens[s.cached] if s.cached < len(s.tokens) else FEEDBACK for s in running])
+        self._feedback_from = max(self._feedback_from, *asked) if asked else self._feedback_from
+
+    def _step(self, running: list[Sequence]) -> None:
+        """Passes over lists, since this runs once for each token that is generated."""
         self._slots.extend([s.slot for s in running])
-        self._starts.extend(starts)
+        self._starts.extend([s.cached for s in running])
         self._counts.extend([1] * len(running))
         first = len(self.sequences)
         self._sampled.extend(range(first, first + len(running)))
@@ -165,4 +191,6 @@ class BatchBuilder:
         )
         everyone = self.sequences
         sampled = everyone if len(self._sampled) == len(everyone) else [everyone[i] for i in self._sampled]
-        return forward, Flight(self.replica, self.group, everyone, sampled), self._copied
+        stops = any(s.stop_ids for s in sampled)
+        flight = Flight(self.replica, self.group, everyone, sampled, self._last, stops)
+        return forward, flight, self._copied

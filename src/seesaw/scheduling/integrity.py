@@ -66,6 +66,7 @@ def _check_residents(replica: Replica) -> None:
     for group in replica.groups:
         unfed = [s for s in group.sequences.values() if s.status is Status.PREFILLING]
         assert list(group.prefilling.values()) == unfed
+        group.lockstep.check(list(group.sequences.values()))
 
 
 def _check_slots(replica: Replica) -> None:

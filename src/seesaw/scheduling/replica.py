@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from seesaw.scheduling.blocks import BlockPool
+from seesaw.scheduling.lockstep import Lockstep
 from seesaw.scheduling.sequence import Sequence
 
 
@@ -16,6 +17,8 @@ class Group:
     """Resident sequences by id, oldest admission first."""
     prefilling: dict[int, Sequence] = field(default_factory=dict)
     """Those of which tokens of the prompt are still to be fed."""
+    lockstep: Lockstep = field(default_factory=Lockstep)
+    """Those that decode."""
     in_flight: int = 0
     """Forwards of this group in flight."""
 
@@ -76,6 +79,8 @@ class Replica:
         group = self.groups[sequence.group]
         del group.sequences[sequence.id]
         group.prefilling.pop(sequence.id, None)
+        if sequence.lockstep is not None:
+            group.lockstep.remove(sequence)
         sequence.group = -1
         self.resident -= 1
         self.departures += 1

@@ -240,27 +240,28 @@ class Scheduler:
             for sequence, chosen in zip(flight.sampled, done.logprobs, strict=True):
                 if chosen is not None and sequence.status is not Status.FINISHED:
                     sequence.logprobs.append(chosen)
-        updated = self._append(flight.sampled, done.tokens)
+        updated = self._append(flight, done.tokens)
         running = Status.RUNNING
         for sequence in [s for s in flight.sequences if s.status is not running]:
             self._settle(sequence)
         return updated
 
-    def _append(self, sampled: list[Sequence], tokens: list[int]) -> list[Sequence]:
+    def _append(self, flight: Flight, tokens: list[int]) -> list[Sequence]:
         """Append a token to each sequence that has not ended, and end those that it ends."""
-        finished = Status.FINISHED
-        pairs = list(zip(sampled, tokens, strict=True))
+        finished, sampled = Status.FINISHED, flight.sampled
         if [s for s in sampled if s.status is finished]:
-            pairs = [(s, token) for s, token in pairs if s.status is not finished]
-        for sequence, token in pairs:
+            pairs = [(s, t) for s, t in zip(sampled, tokens, strict=True) if s.status is not finished]
+            sampled, tokens = [s for s, _ in pairs], [t for _, t in pairs]
+        for sequence, token in zip(sampled, tokens, strict=True):
             sequence.tokens.append(token)
-        for sequence, token in [(s, token) for s, token in pairs if token in s.stop_ids]:
-            if sequence.generated > sequence.request.sampling.min_tokens:
-                named = token if token in sequence.request.sampling.stop_token_ids else None
-                self.finish(sequence, "stop", named)
-        for sequence in [s for s, _ in pairs if len(s.tokens) >= s.limit]:
-            self.finish(sequence, "length")  # unless it was ended just now
-        return [s for s, _ in pairs]
+        if flight.stops:
+            for sequence, token in zip(sampled, tokens, strict=True):
+                if token in sequence.stop_ids and sequence.generated > sequence.request.sampling.min_tokens:
+                    named = token if token in sequence.request.sampling.stop_token_ids else None
+                    self.finish(sequence, "stop", named)
+        for sequence in flight.last:
+            self.finish(sequence, "length")  # unless it has ended
+        return sampled
 
     def _settle(self, sequence: Sequence) -> None:
         """Move a sequence on, once nothing in flight touches it."""
@@ -280,7 +281,7 @@ class Scheduler:
             self._arrive_on_host(sequence)
         elif sequence.status is Status.SWAPPING_IN:
             self._release_host(sequence)
-            sequence.status = Status.RUNNING
+            self._decode(sequence)
 
     def _arrive_on_host(self, sequence: Sequence) -> None:
         self._release_device(sequence)
@@ -381,7 +382,7 @@ class Scheduler:
         assert sequence.status is Status.PREFILLING
         if sequence.home is not None and not self.config.plan.separate:
             del sequence.home.groups[sequence.group].prefilling[sequence.id]
-            sequence.status = Status.RUNNING
+            self._decode(sequence)
             return
         self._leave(sequence)
         if sequence.host_blocks:
@@ -403,6 +404,12 @@ class Scheduler:
         sequence.copies += 1
         self._copies[action.id] = [sequence]
         self._actions.append(action)
+
+    def _decode(self, sequence: Sequence) -> None:
+        """From now on it takes a token at every step of its group."""
+        assert sequence.home is not None
+        sequence.status = Status.RUNNING
+        sequence.home.groups[sequence.group].lockstep.add(sequence)
 
     def _enter(self, sequence: Sequence, replica: Replica, group: int, blocks: int) -> None:
         replica.join(sequence, group, blocks)

@@ -10,6 +10,7 @@ from seesaw.core.actions import ChosenToken
 from seesaw.core.request import FinishReason, Request
 
 if TYPE_CHECKING:
+    from seesaw.scheduling.lockstep import Lockstep
     from seesaw.scheduling.replica import Replica
 
 
@@ -72,6 +73,9 @@ class Sequence:
     """How many of `device_blocks` the workers have been told."""
     untold: bool = field(default=True, init=False)
     """Whether there are more, or no slot yet."""
+    lockstep: Lockstep | None = field(default=None, init=False)
+    """Whose member it is; `Lockstep` keeps it, as well as `due_step`."""
+    due_step: int = field(default=-1, init=False)
     expected_blocks: int = field(default=0, init=False)
     """Device blocks it is expected to need in the end; `Replica` keeps it."""
     host_blocks: list[int] = field(default_factory=list, init=False)
@@ -114,6 +118,7 @@ class Sequence:
         self.home, self.group, self.slot, self.last_forward = None, -1, -1, -1
         self.device_blocks, self.capacity, self.known_blocks, self.untold = [], 0, 0, True
         self.copies = 0
+        self.lockstep = None
 
     @property
     def output_token_ids(self) -> list[int]:

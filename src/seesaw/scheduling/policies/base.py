@@ -100,14 +100,16 @@ def fair_sizes(scheduler: Scheduler) -> list[int]:
 
 def feed_running(scheduler: Scheduler, batch: BatchBuilder) -> None:
     """Feed a decode step of every sequence of the batch's group that can take one now."""
-    members, status = batch.replica.groups[batch.group].sequences.values(), Status.RUNNING
-    running = [s for s in members if s.status is status and s.cached + 1 < s.limit]
-    if not scheduler.config.overlap:
-        running = [s for s in running if not s.pending]
-    full = [s for s in running if s.cached >= s.capacity]
-    if not all(scheduler.grow(s) for s in full):
-        running = _with_room(scheduler, batch.replica, running)
-    batch.feed_steps(running)
+    group = batch.replica.groups[batch.group]
+    lockstep = group.lockstep
+    due = lockstep.due()
+    last = lockstep.prepare(due, scheduler.grow)
+    if last is None:
+        batch.feed_some(_with_room(scheduler, batch.replica, list(lockstep.members)))
+        lockstep.start_over(list(group.sequences.values()), batch.id)
+    elif lockstep.members:
+        batch.feed_all(lockstep, due, last)
+        lockstep.stepped(batch.id, last)
 
 
 def _with_room(scheduler: Scheduler, replica: Replica, candidates: list[Sequence]) -> list[Sequence]:
