@@ -298,8 +298,11 @@ class Engine:
             self._change(wanted)
             self._start_seconds = time.monotonic() - began
         elif wanted.setup != self._deployment.setup:
-            self._rest()
-            self._change(wanted)
+            try:
+                self._rest()
+                self._change(wanted)
+            except WorkerError as error:
+                self._go_on_without(error)
 
     def _plan_again(self, rows: Rows, auto: Auto) -> None:
         """Look for a better plan for what is left, and change over to it."""

@@ -240,8 +240,8 @@ class _Run:
         ):
             hold(error is cause, "stops", f"{error} instead of {cause}")
             return
-        if error is cause:  # it came up while the ranks were started for the first time
-            hold(not engine._up, "recovery", f"{error} ended the job")
+        if error is cause:
+            hold(not ranks.started, "recovery", f"{error} ended the job")
             return
         hold(str(error).startswith(str(cause)), "stops", f"{error} instead of {cause}")
         hold(cause.rank == cause.lost[0], "stops", str(error))

@@ -17,7 +17,7 @@ from seesaw.core.errors import WorkerError
 from seesaw.deployment import Deployment
 from seesaw.engine import Engine
 from seesaw.scheduling import batch
-from seesaw.scheduling.batch import BatchBuilder
+from seesaw.scheduling.batch import BatchBuilder, Flight
 from seesaw.scheduling.blocks import BlockPool
 from seesaw.scheduling.policies import base, mixed, phased
 from seesaw.scheduling.replica import Replica
@@ -296,7 +296,7 @@ def a_swap_in_gives_its_host_blocks_back_at_once(patch: Patch) -> None:
 @mutation("in flight")
 def decoding_does_not_wait_for_the_swap_in(patch: Patch) -> None:
     def after(result: None, self: Scheduler, sequence: Sequence, replica: Replica) -> None:
-        sequence.status = Status.RUNNING
+        self._decode(sequence)
 
     _after(patch, Scheduler, "swap_in", after)
 
@@ -411,11 +411,11 @@ def _states(patch: Patch, **fields: Any) -> None:
 
 @mutation("tokens")
 def tokens_of_ended_sequences_are_appended(patch: Patch) -> None:
-    def append(self: Scheduler, sampled: list[Sequence], tokens: list[int]) -> list[Sequence]:
-        for sequence, token in zip(sampled, tokens, strict=True):
+    def append(self: Scheduler, flight: Flight, tokens: list[int]) -> list[Sequence]:
+        for sequence, token in zip(flight.sampled, tokens, strict=True):
             if sequence.status is Status.FINISHED:
                 sequence.tokens.append(token)
-        return whole(self, sampled, tokens)
+        return whole(self, flight, tokens)
 
     whole = Scheduler._append
     patch.setattr(Scheduler, "_append", append)
@@ -443,11 +443,11 @@ def growth_is_not_reserved_and_nothing_parked(patch: Patch) -> None:
 
 
 @mutation("no deadlock")
-def a_phase_ends_with_prompts_half_fed(patch: Patch) -> None:
+def prefill_goes_on_when_the_host_buffer_is_full(patch: Patch) -> None:
     whole = phased.PhasedPolicy._prefill_is_over
 
     def prefill_is_over(self: phased.PhasedPolicy, scheduler: Scheduler) -> bool:
-        return whole(self, scheduler) and not scheduler.swapping_out
+        return not scheduler.waiting and whole(self, scheduler)
 
     patch.setattr(phased.PhasedPolicy, "_prefill_is_over", prefill_is_over)
 

@@ -89,6 +89,8 @@ class Ranks:
         """The latest error that these ranks brought up."""
         self.lost: tuple[int, ...] = ()
         """The ranks that it said were lost."""
+        self.started = False
+        """Whether ranks were ever up."""
         self._rng: random.Random = job.rng
         self._faults = faults
         self._fail_start: str | None = None
@@ -123,6 +125,7 @@ class Ranks:
                 self._raise(StartupError("the ranks were not ready in time"))
             lost = self._choose(0.0)
             self._raise(WorkerError(f"ranks {lost} ended", rank=lost[0], phase="startup", lost=lost))
+        self.started = True
         self._layout(PREFILL)
 
     def _layout(self, phase: int) -> None:

@@ -412,6 +412,7 @@ class Watch:
         self._check_places(before, deployment)
 
     def _check_places(self, before: Deployment, deployment: Deployment) -> None:
+        hold(before.options.on_rank_loss == "continue", "stops", "the job goes on where it was to stop")
         places = [id(place) for place in deployment.places]
         survivors = {id(place) for place in self._survivors}
         hold(len(places) == deployment.plan.world, "recovery", f"{len(places)} places for {deployment.plan}")
