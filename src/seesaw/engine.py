@@ -322,8 +322,8 @@ class Engine:
 
     def _go_on_without(self, error: WorkerError) -> None:
         """Have the ranks that are left take over. Raises `error`, or what comes of it, if that cannot be."""
-        began = time.monotonic()
         while True:
+            began = time.monotonic()
             if self._start is None or not error.lost or self._deployment.options.on_rank_loss == "stop":
                 raise error
             restarted = self._scheduler.lose_devices()
@@ -332,11 +332,7 @@ class Engine:
             left = without(self._deployment, error, longest=max((s.limit for s in live), default=1))
             logger.warning("%s; going on under %s with the ranks that are left", error, left.plan)
             before, self._deployment, self._auto = self._deployment, left, None
-            try:
-                self._change(left)
-            except WorkerError as another:
-                error = another
-                continue
+            another = self._started_without(left)
             seconds = time.monotonic() - began
             self._meter.seconds["transition"] += seconds
             self._losses.append(
@@ -350,7 +346,17 @@ class Engine:
                     seconds=seconds,
                 )
             )
-            return
+            if another is None:
+                return
+            error = another
+
+    def _started_without(self, left: Deployment) -> WorkerError | None:
+        """Change over to `left`; returns the error if a rank of it fails meanwhile."""
+        try:
+            self._change(left)
+        except WorkerError as another:
+            return another
+        return None
 
     def _change(self, deployment: Deployment) -> None:
         """Start the ranks of `deployment` instead of the present ones, and go on with them."""

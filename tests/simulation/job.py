@@ -135,7 +135,6 @@ class _Run:
             self.watch.attach(engine)
             while len(self.answered) < len(self.job.rows) and self._serve(engine, ranks):
                 pass
-            self._count(engine)
         except Killed:
             self.watch.tally.killed += 1
         except EngineError as error:
@@ -260,12 +259,6 @@ class _Run:
             hold("make a new one" in str(error), "stops", f"a broken engine goes on, to {error}")
             return
         raise Violation("stops", "a broken engine goes on")
-
-    def _count(self, engine: Engine) -> None:
-        stats = engine.stats()
-        tally = self.watch.tally
-        tally.losses += len(stats.rank_losses)
-        tally.restarted += sum(loss.restarted for loss in stats.rank_losses)
 
 
 def _most_tokens(row: Request) -> int:

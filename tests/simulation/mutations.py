@@ -237,6 +237,19 @@ def texts_are_forgotten_at_a_loss(patch: Patch) -> None:
 
 
 @mutation("recovery")
+def statistics_forget_what_a_second_loss_interrupts(patch: Patch) -> None:
+    whole = Engine._started_without
+
+    def started_without(self: Engine, left: Deployment) -> WorkerError | None:
+        another = whole(self, left)
+        if another is not None:
+            self._losses.clear()
+        return another
+
+    patch.setattr(Engine, "_started_without", started_without)
+
+
+@mutation("recovery")
 def context_is_given_up_for_ranks(patch: Patch) -> None:
     whole = elastic.without
 
@@ -327,6 +340,21 @@ def batches_are_larger_than_memory_was_set_aside_for(patch: Patch) -> None:
 
     patch.setattr(phased, "feed_prompt", feed_prompt)
     patch.setattr(mixed, "feed_prompt", feed_prompt)
+
+
+@mutation("budgets")
+def short_prompts_are_sampled_all_at_once(patch: Patch) -> None:
+    whole = phased.PhasedPolicy._prefill_batch
+
+    def prefill_batch(self: phased.PhasedPolicy, scheduler: Scheduler, replica: Replica) -> bool:
+        config = scheduler.config
+        scheduler.config = replace(config, max_running=64)
+        try:
+            return whole(self, scheduler, replica)
+        finally:
+            scheduler.config = config
+
+    patch.setattr(phased.PhasedPolicy, "_prefill_batch", prefill_batch)
 
 
 # ---- Forwards --------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 What runs when is drawn from the job's own random numbers. Within what `core.actions` promises anything may happen:
 the Forwards of a replica run, and are reported, in order; copies and transitions run beside them and are reported in
-any order, early or late, alone or many at once. A copy moves its blocks at its end, so that whoever reuses them before
-that is found out. When ranks are lost, copies in flight have written any part of their blocks.
+any order, early or late, alone or many at once. A copy moves its blocks at its end, so that whoever reuses them
+before that is found out. When ranks are lost, copies in flight have written any part of their blocks.
 """
 
 from __future__ import annotations

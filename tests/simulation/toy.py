@@ -1,4 +1,4 @@
-"""A model whose next token depends on every byte of the KV it reads, a tokeniser for it, and what they must answer."""
+"""A model whose next token depends on all the KV that it reads, a tokeniser for it, and what they must answer."""
 
 from __future__ import annotations
 

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 ACTIONS_PER_TOKEN = 40
 """More of them than this for each token to be fed or sampled, and the engine goes in circles."""
 SLOTS = 3
-"""For each sequence that a batch can have: its own, those of the batch before, which the next one closes, and some."""
+"""For each sequence that a batch can have: its own, that of the batch before, which the next one closes, and one."""
 WHOLE = (Status.HOST, Status.SWAPPING_IN)
 """Where a sequence's KV is whole on the host."""
 
 INVARIANTS = {
     "books": "`check_integrity` holds after every schedule and every completion",
-    "budgets": "every block number is one of its pool, and no batch has more tokens than memory was set aside for",
+    "budgets": "block numbers are those of their pools; no batch has more tokens or logits than memory is set aside for",
     "one owner": "what is in flight for one sequence touches no block that something in flight for another does",
     "in flight": "what is in flight touches no block that is free, and no copy races another reader or writer",
     "feedback": "a token is fed back only from a Forward of these ranks that hands it on",
@@ -148,6 +148,8 @@ class Watch:
     _kept: list[_Kept] | None = None
     """None unless ranks were lost a moment ago."""
     _survivors: list[object] = field(default_factory=list)
+    _losses: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+    """Who was lost under this engine, and how many sequences with them."""
 
     # ---- engines come and go ------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ class Watch:
         """Watch an engine that is about to run, on ranks and host memory of its own."""
         self._engine, self._scheduler = engine, engine._scheduler
         self._flying, self._computed, self._again = {}, {}, 0
-        self._kept = None
+        self._kept, self._losses = None, []
         complete = self._scheduler.complete
 
         def watched(completion: Completion) -> list[Sequence]:
@@ -168,7 +170,12 @@ class Watch:
 
     def detach(self) -> None:
         """The engine has ended, or was given up."""
-        if self._scheduler is not None:
+        if self._scheduler is not None and self._engine is not None:
+            losses = [(loss.ranks, loss.restarted) for loss in self._engine.stats().rank_losses]
+            told = losses == self._losses[: len(losses)]
+            hold(told, "recovery", f"the statistics say {losses} of {self._losses}")
+            self.tally.losses += len(losses)
+            self.tally.restarted += sum(restarted for _, restarted in losses)
             counters = self._scheduler.counters
             self.tally.swapped += counters.swapped_out
             self.tally.recomputed += counters.recomputed
@@ -252,6 +259,12 @@ class Watch:
             len(action.tokens) <= most,
             "budgets",
             f"a batch of {len(action.tokens)} tokens; {most} are set aside",
+        )
+        rows = len(action.sampled)
+        hold(
+            rows <= config.max_running,
+            "budgets",
+            f"logits of {rows} rows; {config.max_running} are set aside",
         )
         self._update_table(action, table)
         owners = dict(zip(action.slots, flight.sequences, strict=True))
@@ -376,6 +389,8 @@ class Watch:
             _Kept(s, list(s.tokens), s.status in WHOLE, s.cached, list(s.host_blocks)) for s in live
         ]
         kept = {k.sequence.id for k in self._kept if k.whole}
+        there = sum(s.status not in (Status.WAITING, Status.FINISHED, *WHOLE) for s in live)
+        self._losses.append((error.lost, there))
         self._computed = {id: count for id, count in self._computed.items() if id in kept}
 
     def starting(

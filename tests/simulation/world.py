@@ -24,12 +24,12 @@ SHAPES = ((8, 8, 2), (3, 6, 3), (4, 4, 4))
 """Layers, query heads, KV heads. The weights are small beside the KV, so that pools stay tiny on few ranks too."""
 LONGEST = 64
 """Tokens that the model itself can take."""
-WORLDS = (1, 2, 2, 3, 4, 4, 4, 6, 8)
+WORLDS = (1, 2, 2, 4, 3, 4, 4, 6, 8)
 POLICIES = {
     True: ("seesaw", "prefill-first", "decode-first"),
     False: ("chunked", "prefill-first", "decode-first"),
 }
-FAULTS = ("die", "die", "die", "die in start", "fail", "startup", "killed")
+FAULTS = ("die",) * 5 + ("die in start",) * 2 + ("fail", "startup", "killed")
 
 
 def _model(layers: int, heads: int, kv_heads: int) -> PlannedModel:
@@ -100,7 +100,7 @@ def job_of(seed: int, size: int) -> Job:
     rng = random.Random(seed)
     deployment = _deployment(rng, size)
     longest = deployment.memory.max_model_len
-    wide = size > 6 and rng.random() < 0.04
+    wide = rng.random() < 0.01
     count = rng.randrange(90, 130) if wide else rng.randrange(1, 3 + size)
     speaks = rng.random() < 0.6
     calm = rng.random() < 0.2
@@ -124,19 +124,14 @@ def job_of(seed: int, size: int) -> Job:
 
 
 def _faults(rng: random.Random, size: int) -> list[Fault]:
-    last = rng.choice((15, 60, 60, 200)) + 10 * size
-    return sorted(
-        (
-            Fault(
-                rng.randrange(last),
-                rng.choice(FAULTS),
-                rng.choice((0.0, 0.0, 0.5, 1.0)),
-                rng.choice((0, 0, 3, 30)),
-            )
-            for _ in range(rng.choice((1, 1, 2, 3)))
-        ),
-        key=lambda fault: fault.at,
-    )
+    last, faults = rng.choice((15, 60, 60, 200)) + 10 * size, []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at, kind = rng.randrange(last), rng.choice(FAULTS)
+        share, grace = rng.choice((0.0, 0.0, 0.5, 1.0)), rng.choice((0, 0, 3, 30))
+        if kind in ("die in start", "startup"):  # there is a start to be disturbed only if one died before
+            faults.append(Fault(at, "die", 0.0, grace))
+        faults.append(Fault(at, kind, share, grace))
+    return sorted(faults, key=lambda fault: fault.at)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------
@@ -215,7 +210,7 @@ def _within(rng: random.Random, model: PlannedModel, plan: Plan) -> Deployment:
     need = -(-longest // block_size)
     block = model.kv_bytes_per_token() * block_size
     host = need + rng.randrange(0, 3 * need) if plan.separate else rng.choice((0, 1, need, 3 * need))
-    smaller = Plan.parse(f"T{rng.choice((1, plan.world))}") if rng.random() < 0.5 else plan
+    smaller = Plan.parse("T1") if rng.random() < 0.6 else plan
     limits = _limits(options, device=1 << 30, host=block * host)
     device = _device_memory(model, smaller, limits, need + rng.randrange(0, 2 * need + 2))
     limits = replace(limits, device_memory=device)

@@ -71,8 +71,10 @@ class PhasedPolicy:
     def _prefill_batch(self, scheduler: Scheduler, replica: Replica) -> bool:
         batch = scheduler.batch(replica, 0, feedback=False)
         self._feed(scheduler, batch, self._partial.pop(replica.index, None))
-        share = _fair_share(scheduler)
-        while batch.tokens_fed < share and self._can_prefill(scheduler, replica):
+        share, most = _fair_share(scheduler), scheduler.config.max_running
+        while (
+            batch.tokens_fed < share and len(batch.sequences) < most and self._can_prefill(scheduler, replica)
+        ):
             sequence = scheduler.waiting[0]
             scheduler.admit(sequence, replica, batch.group, via_host=_needs_decode(sequence))
             self._feed(scheduler, batch, sequence)
