@@ -37,7 +37,7 @@ WHOLE = (Status.HOST, Status.SWAPPING_IN)
 
 INVARIANTS = {
     "books": "`check_integrity` holds after every schedule and every completion",
-    "budgets": "block numbers are those of their pools; no batch has more tokens or logits than memory is set aside for",
+    "budgets": "block numbers are in their pools; no batch has more tokens or logits than memory is set aside for",
     "one owner": "what is in flight for one sequence touches no block that something in flight for another does",
     "in flight": "what is in flight touches no block that is free, and no copy races another reader or writer",
     "feedback": "a token is fed back only from a Forward of these ranks that hands it on",
