@@ -26,8 +26,10 @@ _MAX_UNFINISHED = 3
 class Tokenizer:
     """A Hugging Face tokeniser, reduced to what the engine needs."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> None:
         self._tokenizer = tokenizer
+        self.name = name
+        """What `load` was called with; None of one that was made otherwise."""
 
     @classmethod
     def load(cls, path_or_name: str | PathLike[str]) -> Tokenizer:
@@ -39,7 +41,8 @@ class Tokenizer:
 
         name = str(path_or_name)
         try:
-            return cls(AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False))
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            return cls(tokenizer, name)
         except Exception as error:  # transformers and tokenizers raise nearly every type there is
             reason = " ".join(str(error).split())
             raise ModelError(

@@ -1,0 +1,96 @@
+"""What the control process and its encoders say to each other: msgpack in frames over a socket pair.
+
+A frame is its length and its payload. To an encoder goes a list of items, each the text of a prompt or a
+`[messages, template]` pair; back comes one `Reply` for each frame, in order, after an empty frame that says that
+the encoder is up.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from seesaw.core.errors import RequestError
+from seesaw.jobs.base import Encoder
+
+LENGTH = struct.Struct("<I")
+MAX_FRAME = (1 << 32) - 1
+INTERNAL_ERROR = "internal_error"
+
+
+class Setup(msgspec.Struct, array_like=True, frozen=True):
+    """The tokeniser to encode with: `loader` is `module:function` or `module:class.method`, called with `name`."""
+
+    loader: str
+    name: str
+
+
+class Refusal(msgspec.Struct, array_like=True, frozen=True):
+    """A `RequestError`."""
+
+    message: str
+    code: str
+    param: str | None
+
+    def error(self) -> RequestError:
+        """The error again."""
+        return RequestError(self.message, code=self.code, param=self.param)
+
+
+class Reply(msgspec.Struct, array_like=True, frozen=True):
+    """What became of the items of a frame."""
+
+    counts: list[int]
+    """Tokens of each item; -1 where it was refused."""
+    tokens: bytes
+    """The token ids of all items, one after the other, four bytes each in this machine's order."""
+    refusals: list[Refusal]
+    """In the order of the items refused."""
+
+
+def framed(payload: bytes) -> bytes:
+    """`payload` with its length before it."""
+    return LENGTH.pack(len(payload)) + payload
+
+
+def take_frames(buffer: bytearray) -> Iterator[bytes]:
+    """The whole frames at the start of `buffer`, which are taken off it."""
+    start = 0
+    while len(buffer) - start >= LENGTH.size:
+        (length,) = LENGTH.unpack_from(buffer, start)
+        end = start + LENGTH.size + length
+        if end > len(buffer):
+            break
+        yield bytes(memoryview(buffer)[start + LENGTH.size : end])
+        start = end
+    if start:
+        del buffer[:start]
+
+
+def encode_item(encoder: Encoder, item: Any) -> list[int]:
+    """The tokens of an item. Whatever goes wrong is a `RequestError`: it concerns this row only."""
+    try:
+        return encoder.encode(item) if isinstance(item, str) else encoder.render_chat(item[0], **item[1])
+    except (RequestError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a tokeniser in Rust panics with a type that is no Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RequestError(f"the tokeniser failed on this row ({reason})", code=INTERNAL_ERROR) from error
+
+
+def encode_items(encoder: Encoder, items: list[Any]) -> Reply:
+    """The reply to a frame."""
+    counts, tokens, refusals = [], array("i"), []
+    for item in items:
+        try:
+            ids = encode_item(encoder, item)
+            tokens.extend(ids)
+            counts.append(len(ids))
+        except RequestError as error:
+            refusals.append(Refusal(str(error), error.code, error.param))
+            counts.append(-1)
+    return Reply(counts, tokens.tobytes(), refusals)
