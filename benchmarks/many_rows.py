@@ -4,9 +4,9 @@
     python benchmarks/many_rows.py --rows 1000000 --plan 'P2->T2'    # the job that a release must hold
     python benchmarks/many_rows.py --functions 25                    # and the functions of the control process
 
-Such a job is the worst case for everything but the model: each row is read, checked, tokenised, scheduled, answered and
-written for one step of a tiny model with random weights. Prints the time of the job, the part of it in which a rank
-computed, what the control process's processor time went to, and the memory of this process while the job ran.
+Such a job is the worst case for everything but the model: each row is read, checked, tokenised, scheduled, answered
+and written for one step of a tiny model with random weights. Prints the time of the job, the part of it in which a
+rank computed, what the control process's processor time went to, and the memory of this process while the job ran.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from seesaw.jobs.base import Encoder, Endpoint, Row
 from seesaw.jobs.fields import BodyFields, bad_type, bad_value, read_fields, shown
 
 MODEL_NOT_FOUND = "model_not_found"
+INTERNAL_ERROR = "internal_error"
 _DEFAULT_MAX_TOKENS = 16
 _MOST_SAMPLINGS = 256
 
@@ -60,9 +61,28 @@ class Draft:
     tokens: tuple[int, ...] | None = None
     """The prompt, where the row gives token ids."""
 
+    @property
+    def item(self) -> str | tuple[list[Any], dict[str, Any]]:
+        """What is to be encoded, for `encode_item`."""
+        if self.messages is not None:
+            return self.messages, self.template
+        assert self.text is not None, "the prompt is known as tokens"
+        return self.text
+
     def request(self, tokens: tuple[int, ...]) -> Request:
         """The request, its prompt being `tokens`."""
         return Request(id=self.id, prompt=self.text, prompt_token_ids=tokens, sampling=self.sampling)
+
+
+def encode_item(encoder: Encoder, item: Any) -> list[int]:
+    """The tokens of text or of `(messages, template)`. Whatever goes wrong is a `RequestError`, of one row."""
+    try:
+        return encoder.encode(item) if isinstance(item, str) else encoder.render_chat(item[0], **item[1])
+    except (RequestError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a tokeniser in Rust panics with a type that is no Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RequestError(f"the tokeniser failed on this row ({reason})", code=INTERNAL_ERROR) from error
 
 
 class RequestMaker:
@@ -100,10 +120,8 @@ class RequestMaker:
         """The tokens of a prompt. Raises `RequestError`."""
         if draft.tokens is not None:
             return draft.tokens
-        if draft.messages is not None:
-            return tuple(self._need_encoder("messages").render_chat(draft.messages, **draft.template))
-        assert draft.text is not None
-        return tuple(self._need_encoder("prompt").encode(draft.text))
+        encoder = self._need_encoder("prompt" if draft.messages is None else "messages")
+        return tuple(encode_item(encoder, draft.item))
 
     def _sampled(self, max_tokens: int, given: dict[str, Any]) -> SamplingParams:
         key = (max_tokens, *given.items())

@@ -16,8 +16,8 @@ from seesaw.core.errors import RequestError
 from seesaw.core.request import Request
 from seesaw.jobs.base import Row, RowFailure
 from seesaw.jobs.encoding.pool import Batch, EncoderPool
-from seesaw.jobs.encoding.wire import INTERNAL_ERROR, Reply
-from seesaw.jobs.requests import Draft, RequestMaker
+from seesaw.jobs.encoding.wire import Reply
+from seesaw.jobs.requests import INTERNAL_ERROR, Draft, RequestMaker
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +194,8 @@ class EncodedRows(Iterator[Encoded]):
 
     def _read(self) -> bool:
         """Read a row into a new last slot, as far as it can be made without an encoder; False at the end."""
+        if self._end is not None:
+            return False
         try:
             row = next(self._source)
         except Exception as error:
@@ -219,9 +221,8 @@ class EncodedRows(Iterator[Encoded]):
             slot.size = 8 * len(draft.tokens)
             slot.outcome = EncodedRow(slot.row, draft.request(draft.tokens))
         elif self._pool is not None:
-            item = draft.text if draft.messages is None else (draft.messages, draft.template)
             try:
-                slot.item = self._packer.encode(item)
+                slot.item = self._packer.encode(draft.item)
                 slot.size = len(slot.item)
             except (TypeError, ValueError, OverflowError, RecursionError):
                 pass  # halves of surrogate pairs, integers of 100 digits: it is made here, and most likely refused

@@ -16,10 +16,10 @@ import msgspec
 
 from seesaw.core.errors import RequestError
 from seesaw.jobs.base import Encoder
+from seesaw.jobs.requests import encode_item
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME = (1 << 32) - 1
-INTERNAL_ERROR = "internal_error"
 
 
 class Setup(msgspec.Struct, array_like=True, frozen=True):
@@ -69,17 +69,6 @@ def take_frames(buffer: bytearray) -> Iterator[bytes]:
         start = end
     if start:
         del buffer[:start]
-
-
-def encode_item(encoder: Encoder, item: Any) -> list[int]:
-    """The tokens of an item. Whatever goes wrong is a `RequestError`: it concerns this row only."""
-    try:
-        return encoder.encode(item) if isinstance(item, str) else encoder.render_chat(item[0], **item[1])
-    except (RequestError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a tokeniser in Rust panics with a type that is no Exception
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RequestError(f"the tokeniser failed on this row ({reason})", code=INTERNAL_ERROR) from error
 
 
 def encode_items(encoder: Encoder, items: list[Any]) -> Reply:
