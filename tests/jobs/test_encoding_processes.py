@@ -65,12 +65,14 @@ def test_killed_encoders_and_servers_cost_no_row(seed: int) -> None:
     # So far apart that no row is ahead of need at three of them: it would be taken for the cause.
     moments = {start + dice.randrange(50) for start in range(50, 1400, 150)}
     pool = ready(EncoderPool(SETUP, 2))
-    made = []
+    made, kills = [], 0
     with EncodedRows(rows, maker(), pool, ahead=Ahead(rows=200, batch_rows=16)) as encoded:
         for number, each in enumerate(encoded):
             made.append(shape(each))
-            if number in moments:
+            if number in moments and pool.ready:
                 os.kill(dice.choice(family(pool)), signal.SIGKILL)
+                kills += 1
+    assert kills
     assert made == plainly(list(rows))
 
 
@@ -132,8 +134,7 @@ def test_a_broken_pool_gives_back_what_it_holds() -> None:
 def test_close_ends_all_processes_even_in_the_middle_of_a_row() -> None:
     pool = ready(EncoderPool(SETUP, 2))
     encoded = EncodedRows([*prompts(5), row(5, {"prompt": STALLING})], maker(), pool)
-    for _ in range(5):
-        next(encoded)
+    next(encoded)
     pids = family(pool)
     assert len(pids) == 3
     encoded.close()
@@ -162,17 +163,24 @@ def test_nothing_stays_open() -> None:
 
 
 PARENT = """
-import sys, time
-from tests.jobs.test_encoding import SETUP, maker, prompts, ready, row
-from tests.jobs.test_encoding_processes import family
-from tests.jobs.encoders import STALLING
+from pathlib import Path
+from seesaw.jobs.base import Endpoint, Row
 from seesaw.jobs.encoding.pool import EncoderPool
 from seesaw.jobs.encoding.source import EncodedRows
+from seesaw.jobs.encoding.wire import Setup
+from seesaw.jobs.requests import ModelNames, RequestMaker
 
-pool = ready(EncoderPool(SETUP, 2))
-encoded = EncodedRows([*prompts(5), row(5, {"prompt": STALLING}), *prompts(9)], maker(), pool)
+pool = EncoderPool(Setup("tests.jobs.encoders:PoisonedTokenizer", ""), 2)
+pool.start()
+while not pool.ready:
+    pool.pump(None)
+rows = [
+    Row(number=i, place="", digest=0, id=str(i), endpoint=Endpoint.COMPLETIONS, body={"prompt": text}, plain=True)
+    for i, text in enumerate(["a", "b", "stall", "c"])
+]
+encoded = EncodedRows(rows, RequestMaker(None, 100, ModelNames("m", None)), pool)
 next(encoded)
-print(*family(pool), flush=True)
+print(pool.pid, flush=True)
 for each in encoded:
     pass
 """
@@ -189,8 +197,10 @@ def parent() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
         start_new_session=True,
     )
     assert process.stdout is not None
-    pids = [int(word) for word in process.stdout.readline().split()]
-    assert len(pids) == 3
+    server = int(process.stdout.readline())
+    while len(children(server)) < 2:
+        time.sleep(0.01)
+    pids = [server, *children(server)]
     yield process, pids
     process.kill()
     process.communicate()

@@ -76,8 +76,8 @@ class _Server:
 
     def __init__(self, setup: Setup) -> None:
         ours, theirs = socket.socketpair()
-        # Encoders find modules where this process does, whatever its working directory holds.
-        path = os.pathsep.join(entry for entry in sys.path if entry)
+        # Encoders find modules where this process does, and not in its working directory besides.
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         environment = {**os.environ, **_QUIET, "PYTHONPATH": path}
         with theirs:
             self._process = subprocess.Popen(
@@ -187,6 +187,8 @@ class EncoderPool:
                 self._send(worker)
             if events & selectors.EVENT_READ and not self._receive(worker, done):
                 lost += self._bury(worker)
+            if self.broken:
+                break  # the other sockets are closed
         return done, lost
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ import msgspec
 from seesaw.core.errors import RequestError
 from seesaw.jobs.base import Encoder
 from seesaw.jobs.requests import encode_item
+from seesaw.text import Tokenizer
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME = (1 << 32) - 1
@@ -74,12 +75,30 @@ def take_frames(buffer: bytearray) -> Iterator[bytes]:
 def encode_items(encoder: Encoder, items: list[Any]) -> Reply:
     """The reply to a frame."""
     counts, tokens, refusals = [], array("i"), []
-    for item in items:
-        try:
-            ids = encode_item(encoder, item)
-            tokens.extend(ids)
-            counts.append(len(ids))
-        except RequestError as error:
-            refusals.append(Refusal(str(error), error.code, error.param))
+    for result in _together(encoder, items) or (_one(encoder, item) for item in items):
+        if isinstance(result, RequestError):
+            refusals.append(Refusal(str(result), result.code, result.param))
             counts.append(-1)
+        else:
+            tokens.extend(result)
+            counts.append(len(result))
     return Reply(counts, tokens.tobytes(), refusals)
+
+
+def _together(encoder: Encoder, items: list[Any]) -> list[list[int]] | None:
+    """The tokens of texts that a tokeniser takes together; None where they are to be taken one by one."""
+    if len(items) < 2 or not isinstance(encoder, Tokenizer) or not all(isinstance(i, str) for i in items):
+        return None
+    try:
+        return encoder.encode_many(items)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # one by one, it is told which it was
+        return None
+
+
+def _one(encoder: Encoder, item: Any) -> list[int] | RequestError:
+    try:
+        return encode_item(encoder, item)
+    except RequestError as error:
+        return error
