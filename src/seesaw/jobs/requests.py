@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from seesaw.core.errors import RequestError
@@ -63,6 +64,13 @@ class RequestMaker:
         sampling = SamplingParams(**{"max_tokens": default, **fields.sampling})
         text, tokens = self._prompt(fields, row)
         return Request(id=row.id, prompt=text, prompt_token_ids=tuple(tokens), sampling=sampling)
+
+    def skip(self, row: Row) -> None:
+        """Pass over a row that was done before: it still settles by which names the model is known."""
+        with suppress(RequestError):
+            fields = read_fields(row.endpoint, row.body, plain=row.plain)
+            if fields.model is not None:
+                self._names.check(fields.model)
 
     def _prompt(self, fields: BodyFields, row: Row) -> tuple[str | None, list[int]]:
         """Text, if the prompt is text, and its tokens."""
