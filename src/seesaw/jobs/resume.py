@@ -301,6 +301,7 @@ class _Opening:
             rows = _in_file_order(rows, ordered=manifest.ordered)
             self._copy_answers()
         self._new_round(rows)
+        manifest.state = "running"
         self._take_rows()
 
     def _copy_answers(self) -> None:
