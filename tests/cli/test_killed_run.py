@@ -73,11 +73,13 @@ def safe_rows(journal: Path) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def kill_at(line: list[str], source: Path, dice: random.Random) -> int:
-    """Start the command and kill it a moment after it has made some more rows safe, or as it ends."""
+AT_THE_END = 1 << 40
+
+
+def kill_at(line: list[str], source: Path, dice: random.Random, rows: int) -> int:
+    """Start the command and kill it a moment after it made `rows` more rows safe, or as it gives files their names."""
     journal = source.with_name("out.jsonl.journal")
-    size = journal.stat().st_size if journal.exists() else 0
-    wanted = size + dice.choice([1, 40 * 10, 40 * 80, 1 << 40])
+    wanted = (journal.stat().st_size if journal.exists() else 0) + 40 * rows
     job = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     manifest = source.with_name("out.jsonl.manifest.json")
     while job.poll() is None:
@@ -85,26 +87,26 @@ def kill_at(line: list[str], source: Path, dice: random.Random) -> int:
             break
         if manifest.exists() and b'"finishing"' in manifest.read_bytes():
             break
-        time.sleep(0.005)
-    time.sleep(dice.random() * dice.choice([0, 0.01, 0.5]))
+        time.sleep(0.002)
+    time.sleep(dice.random() * dice.choice([0, 0.01, 0.5]) * (rows < AT_THE_END))
     job.kill()
     _, said = job.communicate()
     assert job.returncode in (-9, 1), said
     return job.returncode
 
 
-def killed(model: Path, folder: Path, *, count: int, kills: int, seed: int) -> int:
-    """Kill a job at random moments until it is complete or has been killed often enough; then let it end.
+def killed(model: Path, folder: Path, *, count: int, kills: int, rows: int) -> int:
+    """Kill a job after some `rows` at a time until it is complete or has been killed often enough; then let it end.
 
     Returns how often it was killed.
     """
     source = folder / "in.jsonl"
     expected = write_rows(source, model, count)
-    journal, dice = folder / "out.jsonl.journal", random.Random(seed)
+    journal, dice = folder / "out.jsonl.journal", random.Random(kills)
     line, left = command(model, source), kills
     before: dict[int, tuple[int, ...]] = {}
     while left:
-        if kill_at(line, source, dice) == 1:
+        if kill_at(line, source, dice, dice.choice([1, rows // 2, rows, 2 * rows])) == 1:
             break
         left -= 1
         after = safe_rows(journal)
@@ -123,16 +125,17 @@ def killed(model: Path, folder: Path, *, count: int, kills: int, seed: int) -> i
 
 
 def test_a_job_that_is_killed(model: Path, tmp_path: Path) -> None:
-    killed(model, tmp_path, count=150, kills=3, seed=0)
+    killed(model, tmp_path, count=120, kills=3, rows=20)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_job_that_is_killed_a_hundred_times(model: Path, tmp_path: Path) -> None:
-    """Jobs of 2,000 rows, one after the other, until the last kill."""
-    seed, left = 0, 100
-    while left > 0:
-        folder = tmp_path / str(seed)
+    """A job of 2,000 rows, killed 90 times on its way; and small ones, each killed as it ends."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    assert killed(model, folder, count=2000, kills=90, rows=18) == 90
+    for number in range(10):
+        folder = tmp_path / str(number)
         folder.mkdir()
-        left -= killed(model, folder, count=2000, kills=left, seed=seed)
-        seed += 1
+        killed(model, folder, count=10, kills=1, rows=AT_THE_END)
