@@ -77,7 +77,7 @@ AT_THE_END = 1 << 40
 
 
 def kill_at(line: list[str], source: Path, dice: random.Random, rows: int) -> int:
-    """Start the command and kill it a moment after it made `rows` more rows safe, or as it gives files their names."""
+    """Start the command and kill it a moment after `rows` more rows were safe, or as it gives names to files."""
     journal = source.with_name("out.jsonl.journal")
     wanted = (journal.stat().st_size if journal.exists() else 0) + 40 * rows
     job = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

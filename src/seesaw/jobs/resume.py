@@ -97,6 +97,8 @@ class OpenJob:
         job = secrets.token_bytes(8)
         files, fingerprint = self.files, self._fingerprint
         assert fingerprint is not None
+        if self._journal is None:
+            self._journal = open_journal(files.journal, self.disk, create=True)
         store = create_store(files, Header(int.from_bytes(job, "little")), self._journal, self.disk)
         self.manifest = Manifest(
             job=f"{int.from_bytes(job, 'little'):016x}",

@@ -140,11 +140,15 @@ class JobStore:
 
     def close(self) -> None:
         """See `LineStore`."""
-        self._answers.close()
-        self._errors.close()
+        self.close_lines()
         if not self._closed:
             self._closed = True
             self._disk.close(self._descriptor)
+
+    def close_lines(self) -> None:
+        """Let go of all but the journal."""
+        self._answers.close()
+        self._errors.close()
 
 
 class StreamStore:
@@ -209,18 +213,15 @@ def open_journal(path: Path, disk: Disk = DISK, *, create: bool = False) -> int:
     return descriptor
 
 
-def create_store(files: JobFiles, header: Header, descriptor: int | None, disk: Disk = DISK) -> JobStore:
+def create_store(files: JobFiles, header: Header, descriptor: int, disk: Disk = DISK) -> JobStore:
     """The files of a job that starts; what stood in its `.part` files is gone. Raises `JobError`.
 
-    `descriptor` is the journal, if it was open.
+    `descriptor` is the journal, open and locked; it is the store's own once it is returned.
     """
-    if descriptor is None:
-        descriptor = open_journal(files.journal, disk, create=True)
     journal = start_journal(files.journal, descriptor, header, disk)
     with writing(files.output):
         disk.remove(files.errors_part)
-    store = JobStore(files, journal, descriptor, Ends(0, 0), disk)
-    store.open()
+    store = _opened(JobStore(files, journal, descriptor, Ends(0, 0), disk))
     with writing(files.output):
         for folder in files.folders:
             disk.sync_folder(folder)
@@ -228,10 +229,17 @@ def create_store(files: JobFiles, header: Header, descriptor: int | None, disk: 
 
 
 def continue_store(files: JobFiles, found: Replay, descriptor: int, disk: Disk = DISK) -> JobStore:
-    """The files of a job that goes on behind what its journal tells of. Raises `JobError`."""
+    """The files of a job that goes on behind what its journal tells of, else as `create_store`."""
     journal = continue_journal(files.journal, descriptor, found, disk)
-    store = JobStore(files, journal, descriptor, found.ends, disk)
-    store.open()
+    return _opened(JobStore(files, journal, descriptor, found.ends, disk))
+
+
+def _opened(store: JobStore) -> JobStore:
+    try:
+        store.open()
+    except BaseException:
+        store.close_lines()
+        raise
     return store
 
 

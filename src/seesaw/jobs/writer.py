@@ -106,6 +106,8 @@ class JobWriter:
         self._queue: Queue[Answer | RowFailure | None] = Queue(_QUEUED)
         self._error: BaseException | None = None
         self._closed = False
+        self._ended = False
+        """Whether the thread has met the end of the queue."""
         self.answered = 0
         """Rows with a line in the output; those of earlier sessions are the caller's to add."""
         self.failures: Counter[str] = Counter()
@@ -163,6 +165,7 @@ class JobWriter:
             except Empty:
                 return True
             if item is None:
+                self._ended = True
                 self._store.sync()
                 return False
             self._write(item)
@@ -180,5 +183,5 @@ class JobWriter:
 
     def _drain(self) -> None:
         """Let those go on who wait for room in the queue, until the end."""
-        while self._queue.get() is not None:
-            pass
+        while not self._ended:
+            self._ended = self._queue.get() is None
