@@ -192,7 +192,19 @@ def test_a_changed_line_is_named(what: str, job: JobOptions) -> None:
 
 def test_bytes_that_no_group_tells_of_are_cut_off(job: JobOptions) -> None:
     files = stopped(job)
-    put(job, files, answers=files[ANSWERS] + b'{"torn', errors=files[ERRORS] + b"x" * 5000)
+    torn = files[JOURNAL][RECORD_BYTES:] * 3
+    put(
+        job,
+        files,
+        answers=files[ANSWERS] + b'{"torn',
+        errors=files[ERRORS] + b"x" * 5000,
+        journal=files[JOURNAL] + torn,
+    )
+    with open_job(job) as opened:
+        opened.start()
+    for name, content in files.items():
+        if name in (ANSWERS, ERRORS, JOURNAL):
+            assert (job.output_path.parent / name).read_bytes() == content
     go_on(job)
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from seesaw.jobs.base import JobOptions
 from seesaw.jobs.disk import JobFiles
-from seesaw.jobs.journal import Kind
+from seesaw.jobs.journal import Kind, replay
+from seesaw.jobs.manifest import read_manifest
 from tests.jobs.crash_disk import CrashDisk, LazyDisk, State
 from tests.jobs.echo_engine import EchoEngine
 from tests.jobs.small_job import BAD, Strict, check, committed, lay_out, make_folder, options_in, run
@@ -89,6 +90,31 @@ def test_failed_rows_of_an_interrupted_job_run_again(strict: bool, folder: Path)
     retry = replace(options, retry_errors=True)
     bad = BAD if strict else set()
     crash_everywhere(retry, folder, Strict(strict=strict), goes_on=strict, bad=bad)
+
+
+def test_a_round_that_died_as_it_began_goes_on_without_the_option(folder: Path) -> None:
+    options = options_in(folder)
+    run(options, Strict(), LazyDisk())
+    disk = CrashDisk(folder)
+    run(replace(options, retry_errors=True), Strict(), disk)
+    disk.release()
+    begun = 0
+    for state in disk.states:
+        lay_out(folder, state)
+        files = JobFiles(options.output_path, options.errors_path)
+        manifest = read_manifest(files.manifest)
+        if (
+            manifest is None
+            or manifest.state != "complete"
+            or replay(files.journal).header.round == manifest.round
+        ):
+            continue
+        begun += 1
+        engine = Strict(strict=False)
+        run(options, engine, LazyDisk())
+        assert len(engine.requests) == len(BAD)
+        check(options, set())
+    assert begun
 
 
 def test_a_round_that_was_stopped_goes_on_without_trying_twice(folder: Path) -> None:
