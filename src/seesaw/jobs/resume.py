@@ -15,8 +15,9 @@ import numpy as np
 
 from seesaw.core.errors import JobError, JobFilesError
 from seesaw.jobs.base import JobOptions
-from seesaw.jobs.check import DoneRows, check_lines, failures_by_code, within
+from seesaw.jobs.check import check_lines, within
 from seesaw.jobs.disk import DISK, Disk, JobFiles, size_of, writing
+from seesaw.jobs.done import DoneRows, failures_by_code
 from seesaw.jobs.files import check_files
 from seesaw.jobs.fingerprint import Fingerprint, differences, take_fingerprint
 from seesaw.jobs.finish import clear_up, finish_files, keeps_lines
@@ -52,7 +53,7 @@ class OpenJob:
     failures: Counter[str] = field(default_factory=Counter)
     """Their failures by code."""
     safe: int = 0
-    """Rows that no crash can lose, when the session has ended."""
+    """Rows that no crash can lose: those found, and when the session has ended, its own as well."""
     _fingerprint: Fingerprint | None = None
     _found: Replay | None = None
     _journal: int | None = None
@@ -382,8 +383,9 @@ class _Opening:
         if job.done.failed:
             ends = job._found.ends
             job.failures.update(failures_by_code(self.files.errors_part, ends.errors))
-        if len(job.done):
-            logger.info("%s: %d rows were done before; the job goes on", self.files.output, len(job.done))
+        job.safe = len(job.done)
+        if job.safe:
+            logger.info("%s: %d rows were done before; the job goes on", self.files.output, job.safe)
 
     def _refuse_changes(self, manifest: Manifest, force: str) -> None:
         assert self.job._fingerprint is not None
