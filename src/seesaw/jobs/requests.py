@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,13 @@ class RequestMaker:
         if isinstance(prompt, str):
             return Draft(row.id, sampling, text=prompt)
         return Draft(row.id, sampling, tokens=tuple(prompt))
+
+    def skip(self, row: Row) -> None:
+        """Pass over a row that was done before: it still settles by which names the model is known."""
+        with suppress(RequestError):
+            fields = read_fields(row.endpoint, row.body, plain=row.plain)
+            if fields.model is not None:
+                self._names.check(fields.model)
 
     def encode(self, draft: Draft) -> tuple[int, ...]:
         """The tokens of a prompt. Raises `RequestError`."""
