@@ -18,7 +18,7 @@ demo: setup  ## 2,000 orders through a tiny trained model under P2->T2, then the
 	mkdir -p out
 	$(BIN)/seesaw run --model examples/extract/model --input examples/extract/orders.jsonl \
 	  --output out/orders.jsonl --plan 'P2->T2' --ranks 2 --device cpu \
-	  --device-memory 12MiB --host-kv 40MiB --chunk 1024
+	  --device-memory 12MiB --host-kv 40MiB --chunk 1024 --force
 	$(BIN)/python examples/extract/score.py out/orders.jsonl examples/extract/orders.expected.jsonl --minimum 0.98
 
 test: setup  ## the suite without what is slow or needs a GPU

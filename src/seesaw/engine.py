@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from seesaw.core.actions import ChosenToken
@@ -70,6 +71,8 @@ class Engine:
             tokenizer.eos_token_ids if tokenizer is not None else ()
         )
         self._meter = Meter(deployment.plan.separate, deployment.memory.mode, _layouts(deployment))
+        self._ended: list[Sequence] = []
+        """Sequences that have ended and are still to be put into outputs."""
         self._done: list[RequestOutput] = []
         self._broken = False
         """Whether an exception left scheduler and ranks out of step."""
@@ -107,13 +110,14 @@ class Engine:
         try:
             while True:
                 self._take_in(rows)
-                yield from self._take_done()
                 if rows.ended and not self._scheduler.unfinished:
+                    yield from self._take_done()
                     return
-                try:
-                    self._step(rows)
-                except WorkerError as error:
-                    self._go_on_without(error)
+                self._withstand(partial(self._submit, rows))
+                # what no action waits for is done while the ranks compute
+                yield from self._take_done()
+                self._take_in(rows)
+                self._withstand(self._await)
         except GeneratorExit:
             self._broken = True  # unless it comes to rest
             self._give_up()  # between two steps, so that the books and the ranks agree
@@ -123,13 +127,13 @@ class Engine:
             self._broken = True
             raise
 
-    def _step(self, rows: Rows) -> None:
-        """Submit what there is to do and take in what has been done."""
-        if self._auto is not None and self._auto.wants_another(self._scheduler):
-            self._plan_again(rows, self._auto)
+    def _withstand(self, step: Callable[[], None]) -> None:
+        """Carry out half of a turn; if ranks are lost on the way, the others take over."""
         self._meter.begin()
-        self._submit()
-        self._await()
+        try:
+            step()
+        except WorkerError as error:
+            self._go_on_without(error)
         self._meter.end()
 
     def _take_in(self, rows: Rows) -> None:
@@ -177,7 +181,9 @@ class Engine:
                 "stop strings need a tokeniser; use stop_token_ids", code="no_tokenizer", param="stop"
             )
 
-    def _submit(self) -> None:
+    def _submit(self, rows: Rows) -> None:
+        if self._auto is not None and self._auto.wants_another(self._scheduler):
+            self._plan_again(rows, self._auto)
         actions = self._scheduler.schedule()
         for action in actions:
             self._meter.submitted(action)
@@ -188,17 +194,16 @@ class Engine:
             )
 
     def _await(self) -> None:
-        """Wait for completions and take them in."""
+        """Wait for completions and take them in, unless nothing is to come."""
+        if not self._scheduler.in_flight:
+            return
         before = time.monotonic()
         completions = self._executor.wait()
         self._meter.waited(time.monotonic() - before, completions)
         for completion in completions:
             for sequence in self._scheduler.complete(completion):
                 self._watch_text(sequence)
-        for sequence in self._scheduler.take_finished():
-            if self._auto is not None:
-                self._auto.finished(sequence)
-            self._finish(sequence)
+        self._ended += self._scheduler.take_finished()
 
     def _watch_text(self, sequence: Sequence) -> None:
         """Feed the new token of a sequence with stop strings to its text; end it when one appears."""
@@ -265,6 +270,12 @@ class Engine:
         return None if self._tokenizer is None else self._tokenizer.decode([token], skip_special_tokens=False)
 
     def _take_done(self) -> list[RequestOutput]:
+        """Outputs that are whole, with the text of the sequences that ended since the last call."""
+        ended, self._ended = self._ended, []
+        for sequence in ended:
+            if self._auto is not None:
+                self._auto.finished(sequence)
+            self._finish(sequence)
         done, self._done = self._done, []
         return done
 
@@ -275,10 +286,8 @@ class Engine:
         self._scheduler.take_finished()
         self._jobs.clear()
         self._texts.clear()
-        try:
-            self._rest()
-        except WorkerError as error:
-            self._go_on_without(error)
+        self._withstand(self._rest)
+        self._ended.clear()
         self._done.clear()
 
     def _rest(self) -> None:

@@ -108,6 +108,7 @@ def test_options_are_those_of_the_engine() -> None:
     shared = set(ours) & set(theirs)
     assert shared == set(ours) - {
         *("input", "output", "errors", "limit", "served_model_name", "sync_loop", "debug"),
+        *("ordered", "retry_errors", "force"),
     }
     same = shared - {"model", "preflight"}  # the command knows the job, by which it chooses what to check
     assert {n: ours[n].default for n in same} == {n: theirs[n].default for n in same}
@@ -163,9 +164,9 @@ def test_failed_rows_exit_with_1(invoke: Invoke, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (WorkerError("rank 1 died", rank=1, phase="decode", details="Traceback …"), 1),
+        (WorkerError("rank 1 died", rank=1, phase="decode", details="Traceback …"), 3),
         (MemoryBudgetError("does not fit"), 2),
-        (RuntimeError("a bug"), 1),
+        (RuntimeError("a bug"), 3),
     ],
 )
 def test_errors_on_the_way(error: Exception, code: int, invoke: Invoke, engine: EchoEngine) -> None:
@@ -173,7 +174,7 @@ def test_errors_on_the_way(error: Exception, code: int, invoke: Invoke, engine: 
     result = invoke()
     assert result.exit_code == code
     assert str(error) in result.stderr
-    assert "in.output.jsonl.part" in result.stderr
+    assert "1 rows are safe" in result.stderr and "in.output.jsonl.part; the same command" in result.stderr
     assert "Traceback" not in result.output
     assert engine.closed
 
@@ -181,7 +182,7 @@ def test_errors_on_the_way(error: Exception, code: int, invoke: Invoke, engine: 
 def test_debug_shows_the_traceback(invoke: Invoke, engine: EchoEngine) -> None:
     engine.fail_after, engine.error = 1, RuntimeError("a bug")
     result = invoke("--debug")
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert "Traceback (most recent call last)" in result.stderr
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from seesaw.jobs.base import JobOptions, JobSummary
+from seesaw.jobs.reader import read_rows
 from seesaw.jobs.runner import run_job
 from tests.jobs.contract import check_answer, check_failure, message, read
 from tests.jobs.echo_engine import WINDOW, EchoEngine
@@ -41,11 +42,13 @@ def test_each_poison_is_one_error_line(poison: Poison, tmp_path: Path) -> None:
     assert summary.failures == {poison.code: 1}
 
 
-def test_a_thousand_rows_with_poison_of_every_kind(tmp_path: Path) -> None:
+def test_a_thousand_rows_with_a_hundredth_of_each_poison(tmp_path: Path) -> None:
     dice = random.Random(0)
-    rows: list[tuple[str, Poison | None]] = [(f"row-{i}", None) for i in range(1000)]
+    good = 1000 - 10 * len(POISONS)
+    rows: list[tuple[str, Poison | None]] = [(f"row-{i}", None) for i in range(good)]
     rows += [(f"bad-{i}-{j}", poison) for i, poison in enumerate(POISONS) for j in range(10)]
     dice.shuffle(rows)
+    assert len(rows) == 1000 and good > 100
     lines = [
         b'{"id": "%s", "prompt": "%s"}' % (row_id.encode(), row_id.encode())
         if poison is None
@@ -63,7 +66,7 @@ def test_a_thousand_rows_with_poison_of_every_kind(tmp_path: Path) -> None:
     written = Counter(line["custom_id"] for line in answers + failures)
     assert set(written) == expected
     assert set(written.values()) == {1}
-    assert len(answers) == summary.rows_answered == 1000
+    assert len(answers) == summary.rows_answered == good
     assert len(failures) == summary.rows_failed == 10 * len(POISONS)
     for line in answers:
         check_answer(line, "text_completion")
@@ -110,3 +113,23 @@ def test_without_a_tokeniser_text_fails_and_tokens_are_served(tmp_path: Path) ->
     assert [a["custom_id"] for a in read(tmp_path / "out.jsonl")] == ["line-2"]
     codes = [f["response"]["body"]["error"]["code"] for f in read(tmp_path / "out.errors.jsonl")]
     assert codes == ["no_tokenizer"] * 2
+
+
+def test_blank_and_huge_lines_and_two_of_one_id_among_a_thousand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Poison of the file rather than of a row: a hundredth of each."""
+    monkeypatch.setitem(read_rows.__kwdefaults__, "max_line_bytes", 4096)
+    lines, expected = [], Counter[str]()
+    for i in range(1000):
+        kind = {3: "blank", 41: "huge", 77: "again"}.get(i % 100, "good")
+        row_id = f"row-{i - 1 if kind == 'again' else i}"
+        line = b'{"id": "%s", "prompt": "%s"}' % (row_id.encode(), b"x" * (9000 if kind == "huge" else 3))
+        lines.append(b" \t" if kind == "blank" else line)
+        if kind != "blank":
+            expected[f"line-{i + 1}" if kind == "huge" else row_id] += 1
+    summary = run(tmp_path, b"\r\n".join(lines))
+    written = read(tmp_path / "out.jsonl") + read(tmp_path / "out.errors.jsonl")
+    assert Counter(line["custom_id"] for line in written) == expected
+    assert summary.failures == {"line_too_long": 10, "duplicate_custom_id": 10}
+    assert (summary.rows_answered, summary.exit_code) == (970, 1)

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice, pairwise
 from operator import length_hint
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 from seesaw.core.errors import EngineError, JobError, WorkerError
 from seesaw.core.request import Request, RequestOutput
 from seesaw.jobs.base import JobOptions, JobProgress
-from seesaw.jobs.runner import check_files, run_job
-from seesaw.jobs.writer import JobWriter
+from seesaw.jobs.files import check_files
+from seesaw.jobs.resume import open_job
+from seesaw.jobs.runner import run_job
 from tests.jobs.contract import read
 from tests.jobs.echo_engine import WINDOW, EchoEngine
 
@@ -34,13 +36,17 @@ def job(tmp_path: Path) -> JobOptions:
     return JobOptions(input=source, model="m")
 
 
+MANIFEST = "prompts.output.jsonl.manifest.json"
+JOURNAL = "prompts.output.jsonl.journal"
+
+
 def files(job: JobOptions) -> set[str]:
-    return {p.name for p in job.input.parent.iterdir()} - {job.input.name}
+    return {p.name for p in job.inputs[0].parent.iterdir()} - {job.inputs[0].name}
 
 
 def test_names_and_no_error_file_without_errors(job: JobOptions) -> None:
     summary = run_job(EchoEngine(), job)
-    assert files(job) == {"prompts.output.jsonl"}
+    assert files(job) == {"prompts.output.jsonl", MANIFEST}
     assert (summary.rows, summary.rows_answered, summary.exit_code) == (20, 20, 0)
     assert summary.output == job.output_path
     assert summary.errors is None
@@ -50,10 +56,10 @@ def test_names_and_no_error_file_without_errors(job: JobOptions) -> None:
 def test_an_error_file_of_an_earlier_job_goes(job: JobOptions) -> None:
     job.input.write_bytes(good(3) + BAD)
     assert run_job(EchoEngine(), job).errors == job.errors_path
-    assert files(job) == {"prompts.output.jsonl", "prompts.output.errors.jsonl"}
+    assert files(job) == {"prompts.output.jsonl", "prompts.output.errors.jsonl", MANIFEST, JOURNAL}
     job.input.write_bytes(good(5))
-    run_job(EchoEngine(), job)
-    assert files(job) == {"prompts.output.jsonl"}
+    run_job(EchoEngine(), replace(job, force=True))
+    assert files(job) == {"prompts.output.jsonl", MANIFEST}
     assert len(read(job.output_path)) == 5
 
 
@@ -62,7 +68,7 @@ def test_empty_files_and_files_of_errors(job: JobOptions) -> None:
     assert run_job(EchoEngine(), job).exit_code == 0
     assert job.output_path.read_bytes() == b""
     job.input.write_bytes(BAD)
-    summary = run_job(EchoEngine(), job)
+    summary = run_job(EchoEngine(), replace(job, force=True))
     assert (summary.rows_answered, summary.rows_failed, summary.exit_code) == (0, 1, 1)
     assert job.output_path.read_bytes() == b""
 
@@ -77,7 +83,7 @@ def test_limit_counts_rows(tmp_path: Path) -> None:
 def test_after_an_interruption_what_was_answered_stays(job: JobOptions) -> None:
     job.output_path.write_text("of an earlier job\n")
     job.input.write_bytes(BAD + good(20))
-    summary = run_job(EchoEngine(fail_after=6), job)
+    summary = run_job(EchoEngine(fail_after=6), replace(job, force=True))
     assert summary.interrupted
     assert (summary.exit_code, summary.rows_answered, summary.rows_failed) == (3, 6, 1)
     assert job.output_path.read_text() == "of an earlier job\n"
@@ -85,10 +91,11 @@ def test_after_an_interruption_what_was_answered_stays(job: JobOptions) -> None:
     assert summary.errors is not None
     assert len(read(summary.output)) == 6
     assert len(read(summary.errors)) == 1
-    job.input.write_bytes(good(20))
-    assert run_job(EchoEngine(), job).exit_code == 0
-    assert files(job) == {"prompts.output.jsonl"}
-    assert len(read(job.output_path)) == 20
+    again = EchoEngine()
+    summary = run_job(again, job)
+    assert (summary.exit_code, summary.rows_before, len(again.requests)) == (1, 7, 14)
+    assert files(job) == {"prompts.output.jsonl", "prompts.output.errors.jsonl", MANIFEST, JOURNAL}
+    assert len({line["custom_id"] for line in read(job.output_path)}) == len(read(job.output_path)) == 20
 
 
 def test_a_failing_engine_leaves_what_was_answered(job: JobOptions) -> None:
@@ -96,7 +103,7 @@ def test_a_failing_engine_leaves_what_was_answered(job: JobOptions) -> None:
     engine.error = WorkerError("rank 1 died", rank=1, phase="decode")
     with pytest.raises(WorkerError, match="rank 1"):
         run_job(engine, job)
-    assert files(job) == {"prompts.output.jsonl.part"}
+    assert files(job) == {"prompts.output.jsonl.part", MANIFEST, JOURNAL}
     assert len(read(job.output_path.with_name("prompts.output.jsonl.part"))) == 6
 
 
@@ -122,15 +129,15 @@ def test_results_stand_in_the_part_file_before_the_end(job: JobOptions) -> None:
 
         def run(self, requests: Iterator[Request], /) -> Iterator[RequestOutput]:
             for i, output in enumerate(super().run(requests)):
-                if i == 10:
-                    time.sleep(1.1)
-                if i == 12:
+                deadline = time.monotonic() + 20
+                while i == 10 and self.seen < 10 and time.monotonic() < deadline:
+                    time.sleep(0.02)
                     self.seen = len(part.read_bytes().splitlines())
                 yield output
 
     engine = Slow()
     run_job(engine, job)
-    assert engine.seen == 11
+    assert engine.seen == 10
 
 
 def test_rows_may_be_pulled_from_another_thread(job: JobOptions) -> None:
@@ -176,10 +183,12 @@ def test_memory_of_rows_in_flight_is_bounded(job: JobOptions) -> None:
 
 
 def test_two_jobs_cannot_write_one_file(job: JobOptions) -> None:
-    writer = JobWriter(job.output_path, job.errors_path, model="m")
-    with pytest.raises(JobError, match="another job"):
-        run_job(EchoEngine(), job)
-    writer.close()
+    with open_job(job) as opened, open_job(job) as late:
+        opened.start()
+        with pytest.raises(JobError, match="another job"):
+            late.start()
+        with pytest.raises(JobError, match="another job"):
+            run_job(EchoEngine(), job)
     assert run_job(EchoEngine(), job).exit_code == 0
 
 
@@ -204,17 +213,6 @@ def test_unusable_files(job: JobOptions, tmp_path: Path) -> None:
         with pytest.raises(JobError, match=said):
             check_files(options)
     assert sorted(os.listdir(tmp_path)) == before
-
-
-def test_a_full_disk_is_a_job_error(job: JobOptions) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
-    writer = JobWriter(job.output_path, job.errors_path, model="m")
-    with open("/dev/full", "wb") as full:
-        os.dup2(full.fileno(), writer._output._file.fileno())
-    writer._output.write(b"line\n")
-    with pytest.raises(JobError, match="No space left"):
-        writer.close()
 
 
 def test_input_may_be_a_pipe(tmp_path: Path) -> None:

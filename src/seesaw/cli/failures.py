@@ -11,19 +11,22 @@ from types import FrameType
 
 import typer
 
-from seesaw.core.errors import ConfigError, JobError, SeesawError
+from seesaw.core.errors import ConfigError, JobError, JobFilesError, SeesawError
 
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 3
-"""Exit codes: a failure on the way; arguments or files that cannot be used; Ctrl-C or SIGTERM."""
+"""Exit codes: a failure on the way; arguments or files that cannot be used; Ctrl-C, SIGTERM, or a failure after which
+the same command goes on."""
 
 logger = logging.getLogger(__name__)
 
 
 class Command:
-    """A running command. `started` is set once its work has begun: a `JobError` then exits with 1, not 2."""
+    """A running command."""
 
     def __init__(self) -> None:
-        self.started = False
+        self.resumable = False
+        """Set once its work has begun and the same command would go on with it: what ends it then, ends it like an
+        interruption."""
         self.hint = ""
         """A second line after an error or an interruption."""
 
@@ -46,13 +49,20 @@ def reported(*, debug: bool) -> Iterator[Command]:
         except SeesawError as error:
             _show_traceback(debug)
             _end(f"error: {error}", command)
-            unusable = isinstance(error, ConfigError) or (isinstance(error, JobError) and not command.started)
-            raise typer.Exit(UNUSABLE if unusable else FAILED) from None
+            raise typer.Exit(_exit_code(error, command)) from None
         except Exception as error:  # nothing but a bug comes here
             _show_traceback(debug)
             hint = "" if debug else "; --debug shows where"
             _end(f"internal error: {type(error).__name__}: {error}{hint}", command)
-            raise typer.Exit(FAILED) from None
+            raise typer.Exit(_exit_code(error, command)) from None
+
+
+def _exit_code(error: Exception, command: Command) -> int:
+    if isinstance(error, (ConfigError, JobFilesError)):
+        return UNUSABLE
+    if command.resumable:
+        return INTERRUPTED
+    return UNUSABLE if isinstance(error, JobError) else FAILED
 
 
 def set_up_logging(*, debug: bool) -> None:

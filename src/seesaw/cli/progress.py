@@ -43,11 +43,12 @@ class Rates:
 
 
 def seconds_left(progress: JobProgress) -> float | None:
-    """Time left if rows go on at the job's average pace; None where nothing can be said yet."""
+    """Time left if rows go on at this session's average pace; None where nothing can be said yet."""
     done = progress.rows_answered + progress.rows_failed
-    if progress.rows_total is None or not progress.rows_answered:
+    here = done - progress.rows_before
+    if progress.rows_total is None or not progress.rows_answered or not here:
         return None
-    return progress.elapsed_seconds * max(0, progress.rows_total - done) / done
+    return progress.elapsed_seconds * max(0, progress.rows_total - done) / here
 
 
 def describe(progress: JobProgress, rates: tuple[float, float]) -> str:

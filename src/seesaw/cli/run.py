@@ -16,6 +16,7 @@ from seesaw.core.units import parse_bytes
 
 if TYPE_CHECKING:
     from seesaw.jobs.base import JobEngine, JobOptions, JobSummary
+    from seesaw.jobs.resume import OpenJob
     from seesaw.preflight.gate import Mode
 
 
@@ -25,6 +26,9 @@ def run(
     output: opt.Output = None,
     errors: opt.Errors = None,
     limit: opt.Limit = None,
+    ordered: opt.Ordered = False,
+    retry_errors: opt.RetryErrors = False,
+    force: opt.Force = False,
     dtype: opt.DType = "auto",
     load_format: opt.LoadFormat = "auto",
     served_model_name: opt.ServedModelName = None,
@@ -47,7 +51,10 @@ def run(
 ) -> None:
     """Run every row of a job file; each becomes one line of the output or of the error file.
 
-    Exit code: 0 if all rows were answered, 1 if some failed, 2 for unusable arguments, 3 if interrupted.
+    What is answered is safe within a second or two. The same command goes on where an earlier one was stopped.
+
+    Exit code: 0 if all rows were answered, 1 if some failed, 2 for unusable arguments, 3 if the job was stopped on
+    the way.
     """
     from seesaw.jobs.base import JobOptions
 
@@ -79,6 +86,15 @@ def run(
         model=model,
         served_model_name=served_model_name,
         limit=limit,
+        ordered=ordered,
+        retry_errors=retry_errors,
+        force=force,
+        settings={
+            "dtype": dtype,
+            "load-format": load_format,
+            "seed": seed,
+            "max-model-len": max_model_len,
+        },
     )
     raise typer.Exit(_run(job, engine_options, debug=debug))
 
@@ -105,44 +121,71 @@ def _size(option: str, text: str | None) -> int | None:
         raise ConfigError(f"{option}: {error}") from error
 
 
-def _run(job: JobOptions, engine_options: dict[str, Any], *, debug: bool) -> int:
+def _run(options: JobOptions, engine_options: dict[str, Any], *, debug: bool) -> int:
     """Run the job and print its summary; returns the exit code."""
     from seesaw.cli.progress import showing
-    from seesaw.jobs.runner import check_files, run_job
-    from seesaw.jobs.writer import part_path
+    from seesaw.jobs.resume import open_job
+    from seesaw.jobs.runner import run_opened
 
     with reported(debug=debug) as command:
-        check_files(job)
-        engine_options["preflight"] = _check_before(job, engine_options)
-        with open_engine(job.model, engine_options) as engine:
-            command.started = True
-            command.hint = f"what was answered so far is in {part_path(job.output_path)}"
-            with showing() as show:
-                summary = run_job(engine, job, on_progress=show)
-            _print_summary(summary)
+        if engine_options["plan"] != "auto":
+            Plan.parse(engine_options["plan"])
+        with open_job(options) as job:
+            if job.complete:
+                return _say_complete(job)
+            engine_options["preflight"] = _check_before(job, engine_options)
+            with open_engine(options.model, engine_options) as engine:
+                command.resumable = not options.streamed
+                try:
+                    with showing() as show:
+                        summary = run_opened(engine, job, on_progress=show)
+                except BaseException:
+                    command.hint = _hint(job)
+                    raise
+        _print_summary(summary, job)
     return summary.exit_code
 
 
-def _check_before(job: JobOptions, options: dict[str, Any]) -> Mode:
-    """Check the job's files and the plan's name; returns what the engine is to check. Raises a `ConfigError`."""
-    from seesaw.jobs.writer import part_path
+def _check_before(job: OpenJob, options: dict[str, Any]) -> Mode:
+    """Check the folders of the job's files; returns what the engine is to check. Raises a `ConfigError`."""
     from seesaw.preflight.gate import check_job_files, choose_mode
 
+    if options["preflight"] == "off":
+        return "off"
     ranks = options["ranks"] or len(os.sched_getaffinity(0))
     if options["plan"] != "auto":
         ranks = Plan.parse(options["plan"]).world
-    if options["preflight"] == "off":
-        return "off"
-    output = job.output_path
-    written = sum(path.stat().st_size for path in (part_path(output),) if path.is_file())
-    check_job_files(job.inputs, output, job.errors_path, limit=job.limit, written=written)
-    return choose_mode(options["preflight"], ranks=ranks, inputs=job.inputs, limit=job.limit)
+    asked, part = job.options, job.files.answers_part
+    if not asked.streamed:
+        written = part.stat().st_size if part.is_file() else 0
+        check_job_files(
+            asked.inputs, asked.output_path, asked.errors_path, limit=asked.limit, written=written
+        )
+    return choose_mode(options["preflight"], ranks=ranks, inputs=asked.inputs, limit=asked.limit)
 
 
-def _print_summary(summary: JobSummary) -> None:
+def _say_complete(job: OpenJob) -> int:
+    """One line for a job that was complete; returns its exit code."""
+    manifest, options = job.manifest, job.options
+    assert manifest is not None
+    failed = f", {manifest.rows_failed:,} failed ({options.errors_path})" if manifest.rows_failed else ""
+    retry = "; --retry-errors runs these again" if manifest.rows_failed and not options.retry_errors else ""
+    say(f"{options.output_path}: complete, {manifest.rows_answered:,} rows answered{failed}{retry}")
+    return manifest.exit_code
+
+
+def _hint(job: OpenJob) -> str:
+    """What became of the rows so far."""
+    if job.options.streamed:
+        return "answers that were not printed are lost; with an --output file they would not be"
+    return f"{job.safe:,} rows are safe in {job.files.answers_part}; the same command goes on from there"
+
+
+def _print_summary(summary: JobSummary, job: OpenJob) -> None:
     from seesaw.report.summary import format_summary
 
-    files = [("output", summary.output)]
+    streamed = job.options.streamed
+    files = [] if streamed else [("output", summary.output)]
     if summary.errors is not None:
         files.append(("errors", summary.errors))
     typer.echo(
@@ -150,10 +193,12 @@ def _print_summary(summary: JobSummary) -> None:
             summary.stats,
             rows_answered=summary.rows_answered,
             rows_failed=summary.rows_failed,
+            rows_before=summary.rows_before,
             failures=summary.failures,
             elapsed_seconds=summary.elapsed_seconds,
             files=files,
-        )
+        ),
+        err=streamed,
     )
     if summary.interrupted:
-        say("interrupted; what was answered so far is in the files above")
+        say(f"interrupted; {_hint(job)}")

@@ -21,7 +21,8 @@ Input = Annotated[
 Output = Annotated[
     Path | None,
     typer.Option(
-        help="Answers, as OpenAI Batch output lines; by default INPUT.output.jsonl beside the input.",
+        help="Answers, as OpenAI Batch output lines; by default INPUT.output.jsonl beside the input. "
+        "With - they go to standard output as they come, and the job cannot be continued.",
         metavar="FILE",
         rich_help_panel=_FILES,
     ),
@@ -37,6 +38,29 @@ Errors = Annotated[
 Limit = Annotated[
     int | None,
     typer.Option(help="Take only the first N rows.", min=0, metavar="N", rich_help_panel=_FILES),
+]
+Ordered = Annotated[
+    bool,
+    typer.Option(
+        "--ordered", help="Put the finished files into the order of the input.", rich_help_panel=_FILES
+    ),
+]
+RetryErrors = Annotated[
+    bool,
+    typer.Option(
+        "--retry-errors",
+        help="Run rows again that failed before; answered ones stay as they are.",
+        rich_help_panel=_FILES,
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Go on with a job although its model, input or settings changed; start again what is complete, damaged, "
+        "or not ours.",
+        rich_help_panel=_FILES,
+    ),
 ]
 Model = Annotated[
     str,

@@ -10,6 +10,7 @@ SeesawError
 │   ├── WorkerError                   a worker raised, died or hangs; carries `rank`, `phase` and who is `lost`
 │   └── StartupError                  workers did not become ready in time
 └── JobError                          a job file that cannot be read or written
+    └── JobFilesError                 files of an earlier job that do not fit what is asked for
 """
 
 from __future__ import annotations
@@ -76,3 +77,7 @@ class StartupError(EngineError):
 
 class JobError(SeesawError):
     """A job file that cannot be read or written."""
+
+
+class JobFilesError(JobError):
+    """Files beside the output that do not fit what is asked for; nothing is done until the user has chosen."""

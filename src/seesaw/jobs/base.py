@@ -109,15 +109,24 @@ class JobOptions:
     input: Path | tuple[Path, ...]
     """One file, or several that are read one after the other."""
     output: Path | None = None
-    """Answers; `<stem of the first input>.output.jsonl` beside it if None."""
+    """Answers; `<stem of the first input>.output.jsonl` beside it if None, standard output if `-`."""
     errors: Path | None = None
-    """Failed rows; `<output stem>.errors.jsonl` beside the output if None. Created only if a row fails."""
+    """Failed rows; `<output stem>.errors.jsonl` beside the output if None, or with the answers on standard output.
+    Created only if a row fails."""
     model: str
     """Name of the model, written into every answer."""
     served_model_name: str | None = None
     """The name to write instead. Then rows may name no other model than these two."""
     limit: int | None = None
     """Take only the first rows; blank lines do not count."""
+    ordered: bool = False
+    """Put the finished files into the order of the input."""
+    retry_errors: bool = False
+    """Run rows again that failed before; answered ones stay."""
+    force: bool = False
+    """Replace files of something else, and go on with a job although what it depends on has changed."""
+    settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    """Options of the engine that decide the answers, by name: a job is continued with the same ones only."""
     progress_seconds: float = 0.5
     """Time between two progress reports."""
 
@@ -125,6 +134,11 @@ class JobOptions:
     def inputs(self) -> tuple[Path, ...]:
         """The input files, in order."""
         return (self.input,) if isinstance(self.input, Path) else self.input
+
+    @property
+    def streamed(self) -> bool:
+        """Whether answers go to standard output: nothing is kept, and the job cannot be continued."""
+        return self.output is not None and str(self.output) == "-"
 
     @property
     def output_path(self) -> Path:
@@ -145,6 +159,8 @@ class JobProgress:
 
     rows_answered: int
     rows_failed: int
+    rows_before: int = 0
+    """How many of these were done in earlier sessions."""
     rows_total: int | None
     """Rows in the file, by its newlines; None until they are counted, or where they cannot be."""
     elapsed_seconds: float
@@ -157,14 +173,16 @@ class JobSummary:
 
     rows_answered: int
     rows_failed: int
+    rows_before: int = 0
+    """How many of these were done in earlier sessions of the job."""
     failures: dict[str, int] = field(default_factory=dict)
     """Failed rows by code."""
     elapsed_seconds: float
     interrupted: bool
     output: Path
-    """The finished file; after an interruption `OUTPUT.part` with what was answered."""
+    """The finished file; after an interruption `OUTPUT.part` with what was answered; `-` for standard output."""
     errors: Path | None
-    """None if no row failed."""
+    """None if no row failed, or they are with the answers."""
     stats: EngineStats
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from seesaw.core.errors import RequestError
@@ -11,7 +13,9 @@ from seesaw.jobs.base import Encoder, Endpoint, Row
 from seesaw.jobs.fields import BodyFields, bad_type, bad_value, read_fields, shown
 
 MODEL_NOT_FOUND = "model_not_found"
+INTERNAL_ERROR = "internal_error"
 _DEFAULT_MAX_TOKENS = 16
+_MOST_SAMPLINGS = 256
 
 
 class ModelNames:
@@ -43,64 +47,113 @@ class ModelNames:
         self._open = False
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A row whose fields are checked. Its prompt is known as tokens, or is still to be encoded."""
+
+    id: str
+    sampling: SamplingParams
+    text: str | None = None
+    """The prompt, where it is text."""
+    messages: list[Any] | None = None
+    """The conversation, where the row is a chat."""
+    template: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template."""
+    tokens: tuple[int, ...] | None = None
+    """The prompt, where the row gives token ids."""
+
+    @property
+    def item(self) -> str | tuple[list[Any], dict[str, Any]]:
+        """What is to be encoded, for `encode_item`."""
+        if self.messages is not None:
+            return self.messages, self.template
+        assert self.text is not None, "the prompt is known as tokens"
+        return self.text
+
+    def request(self, tokens: tuple[int, ...]) -> Request:
+        """The request, its prompt being `tokens`."""
+        return Request(id=self.id, prompt=self.text, prompt_token_ids=tokens, sampling=self.sampling)
+
+
+def encode_item(encoder: Encoder, item: Any) -> list[int]:
+    """The tokens of text or of `(messages, template)`. Whatever goes wrong is a `RequestError`, of one row."""
+    try:
+        return encoder.encode(item) if isinstance(item, str) else encoder.render_chat(item[0], **item[1])
+    except (RequestError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a tokeniser in Rust panics with a type that is no Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RequestError(f"the tokeniser failed on this row ({reason})", code=INTERNAL_ERROR) from error
+
+
 class RequestMaker:
     """Makes the requests of one job."""
 
     def __init__(self, encoder: Encoder | None, max_model_len: int, names: ModelNames) -> None:
         self._encoder, self._longest, self._names = encoder, max_model_len, names
+        self._sampling: dict[object, SamplingParams] = {}
+        """By what they are made of: most rows of a job have the same."""
 
     def make(self, row: Row) -> Request:
-        """The request of `row`, tokenised. Raises `RequestError`.
+        """The request of `row`, tokenised. Raises `RequestError`."""
+        draft = self.draft(row)
+        return draft.request(self.encode(draft))
+
+    def draft(self, row: Row) -> Draft:
+        """All of `make` but the tokenising: cheap, and to be called in the order of the rows. Raises `RequestError`.
 
         `max_tokens` is 16 where a completion does not set it, and what the context leaves for a chat.
         """
         fields = read_fields(row.endpoint, row.body, plain=row.plain)
         if fields.model is not None:
             self._names.check(fields.model)
-        # Sampling is checked first: it costs nothing, tokenising a long prompt does.
+        # Sampling is checked before the prompt, whoever encodes that: a row has the same error either way.
         chat = row.endpoint is Endpoint.CHAT
-        default = self._longest if chat else _DEFAULT_MAX_TOKENS
-        sampling = SamplingParams(**{"max_tokens": default, **fields.sampling})
-        text, tokens = self._prompt(fields, row)
-        return Request(id=row.id, prompt=text, prompt_token_ids=tuple(tokens), sampling=sampling)
+        sampling = self._sampled(self._longest if chat else _DEFAULT_MAX_TOKENS, fields.sampling)
+        if chat:
+            return Draft(row.id, sampling, messages=_messages(fields.content), template=fields.template)
+        prompt = self._prompt(fields, row)
+        if isinstance(prompt, str):
+            return Draft(row.id, sampling, text=prompt)
+        return Draft(row.id, sampling, tokens=tuple(prompt))
 
-    def _prompt(self, fields: BodyFields, row: Row) -> tuple[str | None, list[int]]:
-        """Text, if the prompt is text, and its tokens."""
+    def skip(self, row: Row) -> None:
+        """Pass over a row that was done before: it still settles by which names the model is known."""
+        with suppress(RequestError):
+            fields = read_fields(row.endpoint, row.body, plain=row.plain)
+            if fields.model is not None:
+                self._names.check(fields.model)
+
+    def encode(self, draft: Draft) -> tuple[int, ...]:
+        """The tokens of a prompt. Raises `RequestError`."""
+        if draft.tokens is not None:
+            return draft.tokens
+        encoder = self._need_encoder("prompt" if draft.messages is None else "messages")
+        return tuple(encode_item(encoder, draft.item))
+
+    def _sampled(self, max_tokens: int, given: dict[str, Any]) -> SamplingParams:
+        key = (max_tokens, *given.items())
+        sampling = self._sampling.get(key)
+        if sampling is None:
+            if len(self._sampling) >= _MOST_SAMPLINGS:
+                self._sampling.clear()
+            sampling = self._sampling[key] = SamplingParams(**{"max_tokens": max_tokens, **given})
+        return sampling
+
+    def _prompt(self, fields: BodyFields, row: Row) -> str | list[int]:
+        """The prompt of a completion: text or token ids."""
         content = fields.content
-        if row.endpoint is Endpoint.CHAT:
-            return None, self._render(content.get("messages"), fields.template)
         if "prompt_token_ids" in content:
             if "prompt" in content:
                 raise bad_value(
                     "prompt_token_ids", content["prompt_token_ids"], "give it or prompt, not both"
                 )
-            return None, _token_ids("prompt_token_ids", content["prompt_token_ids"])
+            return _token_ids("prompt_token_ids", content["prompt_token_ids"])
         prompt = content.get("prompt")
         if prompt is None:
             wanted = "prompt, messages or prompt_token_ids" if row.plain else "prompt"
             raise RequestError(f"{wanted} is missing", code="missing_required_parameter", param="prompt")
-        return self._complete(prompt)
-
-    def _complete(self, prompt: object) -> tuple[str | None, list[int]]:
-        """OpenAI's `prompt`: text, token ids, or a list with one of these."""
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-            if len(prompt) > 1:
-                raise bad_value("prompt", prompt, f"found {len(prompt)} prompts; give each a row of its own")
-            prompt = prompt[0]
-        if isinstance(prompt, list):
-            return None, _token_ids("prompt", prompt)
-        if not isinstance(prompt, str):
-            raise bad_type("prompt", prompt, "a string or a list of token ids")
-        if not prompt:
-            raise _empty("prompt")
-        return prompt, self._need_encoder("prompt").encode(prompt)
-
-    def _render(self, messages: Any, template: dict[str, Any]) -> list[int]:
-        if messages is None:
-            raise RequestError("messages is missing", code="missing_required_parameter", param="messages")
-        if not isinstance(messages, list):
-            raise bad_type("messages", messages, "a list of objects with role and content")
-        return self._need_encoder("messages").render_chat(messages, **template)
+        return _completed(prompt)
 
     def _need_encoder(self, param: str) -> Encoder:
         if self._encoder is None:
@@ -110,6 +163,30 @@ class RequestMaker:
                 param=param,
             )
         return self._encoder
+
+
+def _completed(prompt: object) -> str | list[int]:
+    """OpenAI's `prompt`: text, token ids, or a list with one of these."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+        if len(prompt) > 1:
+            raise bad_value("prompt", prompt, f"found {len(prompt)} prompts; give each a row of its own")
+        prompt = prompt[0]
+    if isinstance(prompt, list):
+        return _token_ids("prompt", prompt)
+    if not isinstance(prompt, str):
+        raise bad_type("prompt", prompt, "a string or a list of token ids")
+    if not prompt:
+        raise _empty("prompt")
+    return prompt
+
+
+def _messages(content: dict[str, Any]) -> list[Any]:
+    messages = content.get("messages")
+    if messages is None:
+        raise RequestError("messages is missing", code="missing_required_parameter", param="messages")
+    if not isinstance(messages, list):
+        raise bad_type("messages", messages, "a list of objects with role and content")
+    return messages
 
 
 def _token_ids(name: str, value: object) -> list[int]:

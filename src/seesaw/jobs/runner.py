@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
-from seesaw.core.errors import EngineError, JobError, RequestError
+from seesaw.core.errors import EngineError, JobFilesError, RequestError
 from seesaw.core.request import Request, RequestOutput
+from seesaw.core.stats import EngineStats
 from seesaw.jobs.base import (
     Endpoint,
     JobEngine,
@@ -25,8 +25,9 @@ from seesaw.jobs.base import (
     RowReader,
 )
 from seesaw.jobs.requests import MODEL_NOT_FOUND, ModelNames, RequestMaker
-from seesaw.jobs.sources.open import check_input, open_rows
-from seesaw.jobs.writer import JobWriter, part_path
+from seesaw.jobs.resume import OpenJob, open_job
+from seesaw.jobs.sources.open import open_rows
+from seesaw.jobs.writer import Answer, JobWriter, SyncWindow
 
 logger = logging.getLogger(__name__)
 
@@ -36,43 +37,52 @@ _STATUS = {MODEL_NOT_FOUND: 404, "internal_error": 500}
 OnProgress = Callable[[JobProgress], None]
 
 
-def check_files(options: JobOptions) -> None:
-    """Check that the job's files can be read and written. Raises `JobError`; changes nothing on disk."""
-    output, errors = options.output_path, options.errors_path
-    for source in options.inputs:
-        check_input(source)
-        _check_differ("output", output, "input", source)
-        _check_differ("errors", errors, "input", source)
-    _check_differ("errors", errors, "output", output)
-    for path in (output, errors):
-        _check_target(path)
-
-
-def _check_differ(first: str, path: Path, second: str, other: Path) -> None:
-    if os.path.realpath(path) == os.path.realpath(other):
-        raise JobError(f"{path}: {first} and {second} are the same file; choose another name")
-
-
-def _check_target(path: Path) -> None:
-    if path.is_dir():
-        raise JobError(f"{path}: is a directory; expected the name of a file")
-    if not path.parent.is_dir():
-        raise JobError(f"{path}: the directory {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise JobError(f"{path}: the directory {path.parent} cannot be written to")
-
-
 def run_job(engine: JobEngine, options: JobOptions, *, on_progress: OnProgress | None = None) -> JobSummary:
-    """Run every row of a job file; each becomes exactly one line of the output or of the error file.
+    """Run a job from where its files say it stands to its end; see `run_opened`.
 
-    Lines are in order of completion, and stand in `OUTPUT.part` until the job is done. `on_progress` is
-    called from a thread of its own every `options.progress_seconds`. After an interruption (Ctrl-C) the
-    summary says so, and what was answered stays in the `.part` files, as it does when an error is raised.
+    Where it is complete, nothing runs, and the summary is that of its end. Raises `JobError` for files that
+    cannot be read or written, `JobFilesError` where they belong to something else.
+    """
+    with open_job(options) as job:
+        if job.complete:
+            return complete_summary(job, engine.stats())
+        return run_opened(engine, job, on_progress=on_progress)
+
+
+def run_opened(
+    engine: JobEngine,
+    job: OpenJob,
+    *,
+    on_progress: OnProgress | None = None,
+    window: SyncWindow | None = None,
+) -> JobSummary:
+    """Run the rows of a job that are not done; each becomes exactly one line of the output or of the error file.
+
+    Lines are in order of completion, and stand in `OUTPUT.part` until the job is done; the journal beside it
+    makes them safe in groups, as `window` says. `on_progress` is called from a thread of its own every
+    `options.progress_seconds`. After an interruption (Ctrl-C) the summary says so, and what was answered stays,
+    as it does when an error is raised; the next run goes on from there.
     Raises `JobError` for files that cannot be read or written, `EngineError` where the engine fails.
     """
-    check_files(options)
-    with closing(open_rows(options)) as source:
-        return _Run(engine, options, source).execute(on_progress)
+    with closing(open_rows(job.options)) as source:
+        return _Run(engine, job, source).execute(on_progress, window)
+
+
+def complete_summary(job: OpenJob, stats: EngineStats) -> JobSummary:
+    """The summary of a job that is complete."""
+    manifest, options = job.manifest, job.options
+    assert manifest is not None
+    return JobSummary(
+        rows_answered=manifest.rows_answered,
+        rows_failed=manifest.rows_failed,
+        rows_before=manifest.rows_answered + manifest.rows_failed,
+        failures=manifest.failures,
+        elapsed_seconds=0.0,
+        interrupted=False,
+        output=options.output_path,
+        errors=options.errors_path if manifest.rows_failed else None,
+        stats=stats,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,33 +105,66 @@ class _Run:
     """
 
     engine: JobEngine
-    options: JobOptions
+    job: OpenJob
     source: RowReader
     _pending: dict[str, _Pending] = field(default_factory=dict)
     _rows: int = 0
     """Read so far."""
+    _skipped: int = 0
+    """Of these, done before."""
+    _changed: int = 0
+    """Of these, not what they were then."""
     _started: float = field(default_factory=time.monotonic)
     _writer: JobWriter = field(init=False)
 
-    def execute(self, on_progress: OnProgress | None) -> JobSummary:
+    @property
+    def options(self) -> JobOptions:
+        """What was asked for."""
+        return self.job.options
+
+    def execute(self, on_progress: OnProgress | None, window: SyncWindow | None) -> JobSummary:
         """Run the job to its end or to an interruption."""
         options = self.options
         model = options.served_model_name or options.model
-        self._writer = JobWriter(options.output_path, options.errors_path, model=model)
+        self._writer = JobWriter(self.job.start(), model=model, window=window)
         ticker = None
         if on_progress is not None:
             ticker = _Ticker(lambda: on_progress(self._progress(self.source.total)), options.progress_seconds)
         interrupted = False
         try:
             self._answer_all()
-            self._writer.commit()
+            self._writer.close()
+            self._check_skipped()
+            self.job.finish(self.engine.stats().plan, self._answered, self._failures)
         except KeyboardInterrupt:
             interrupted = True
         finally:
             if ticker is not None:
                 ticker.close()
-            self._writer.close()
+            self._pause()
+        self._writer.close()
         return self._summary(interrupted)
+
+    def _pause(self) -> None:
+        """Save what can be saved."""
+        self._writer.stop()
+        self.job.safe = len(self.job.done) + self._writer.safe
+        if not self.job.complete:
+            self.job.pause(self.engine.stats().plan, self._answered, self._failures)
+
+    @property
+    def _answered(self) -> int:
+        return self.job.done.answered + self._writer.answered
+
+    @property
+    def _failures(self) -> Counter[str]:
+        return self.job.failures + self._writer.failures
+
+    def _check_skipped(self) -> None:
+        if self._changed:
+            logger.warning(
+                "%d rows changed since they were done; they keep what they were given", self._changed
+            )
 
     def _answer_all(self) -> None:
         outputs = self.engine.run(_Expected(self._requests(), self._left))
@@ -139,26 +182,50 @@ class _Run:
             if output.error is not None:
                 self._refuse(row, output.request_id, output.error)
             else:
-                self._writer.answer(output, row.endpoint, top=row.top)
+                self._writer.answer(Answer(row.number, row.digest, row.endpoint, row.top, output))
         if self._pending:
             raise EngineError(
                 f"the engine ended without an answer to {len(self._pending)} rows; this is a bug"
             )
 
     def _left(self) -> int | None:
-        """Rows that are still to be read; None where nothing can be said."""
+        """Rows that are still to be run; None where nothing can be said."""
         left, limit = self.source.left(self._rows), self.options.limit
-        return left if left is None or limit is None else min(left, limit - self._rows)
+        if left is None:
+            return None
+        if limit is not None:
+            left = min(left, limit - self._rows)
+        return max(0, left - (len(self.job.done) - self._skipped))
 
     def _requests(self) -> Iterator[Request]:
+        """The requests of all rows that are not done. Here rows become requests."""
         names = ModelNames(self.options.model, self.options.served_model_name)
         maker = RequestMaker(self.engine.tokenizer, self.engine.max_model_len, names)
         for row in islice(self.source, self.options.limit):
             self._rows += 1
-            if isinstance(row, RowFailure):
+            if self._is_done(row):
+                if isinstance(row, Row):
+                    maker.skip(row)
+            elif isinstance(row, RowFailure):
                 self._writer.fail(row)
             else:
                 yield from self._request(maker, row)
+
+    def _is_done(self, row: Row | RowFailure) -> bool:
+        """Whether the row has its line. Raises `JobFilesError` where it is not the row that was done."""
+        digest = self.job.done.digest(row.number)
+        if digest is None:
+            return False
+        self._skipped += 1
+        if digest != row.digest:
+            self._changed += 1
+            if not self.options.force:
+                place = row.place if isinstance(row, Row) else f"row {row.number}"
+                raise JobFilesError(
+                    f"{place}: the row {row.id!r} is not what it was when it was done; bring the input back, choose "
+                    "another --output, or --force to go on with what changed rows were given then"
+                )
+        return True
 
     def _request(self, maker: RequestMaker, row: Row) -> Iterator[Request]:
         try:
@@ -186,26 +253,28 @@ class _Run:
     def _progress(self, total: int | None) -> JobProgress:
         limit = self.options.limit
         return JobProgress(
-            rows_answered=self._writer.answered,
-            rows_failed=self._writer.failed,
+            rows_answered=self._answered,
+            rows_failed=self._failures.total(),
+            rows_before=len(self.job.done),
             rows_total=total if total is None or limit is None else min(total, limit),
             elapsed_seconds=time.monotonic() - self._started,
             stats=self.engine.stats(),
         )
 
     def _summary(self, interrupted: bool) -> JobSummary:
-        writer, options = self._writer, self.options
-        output, errors = options.output_path, options.errors_path
-        if interrupted:
-            output, errors = part_path(output), part_path(errors)
+        files, failures = self.job.files, self._failures
+        output, errors = files.output, files.errors
+        if interrupted and not self.options.streamed:
+            output, errors = files.answers_part, files.errors_part
         return JobSummary(
-            rows_answered=writer.answered,
-            rows_failed=writer.failed,
-            failures=dict(writer.failures.most_common()),
+            rows_answered=self._answered,
+            rows_failed=failures.total(),
+            rows_before=len(self.job.done),
+            failures=dict(failures.most_common()),
             elapsed_seconds=time.monotonic() - self._started,
             interrupted=interrupted,
             output=output,
-            errors=errors if writer.failed else None,
+            errors=errors if failures and not self.job.errors_streamed else None,
             stats=self.engine.stats(),
         )
 

@@ -1,27 +1,20 @@
-"""Output and error files of a job, in the shape of OpenAI's Batch output.
-
-Lines go to `OUTPUT.part` and `ERRORS.part` as rows are finished; `commit` renames them into place.
-"""
+"""`JobWriter`: answers and failures made into lines, and made safe, on a thread of its own."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO
+from dataclasses import dataclass
+from queue import Empty, Queue
 
 import msgspec
 
-from seesaw.core.errors import JobError
 from seesaw.core.request import RequestOutput
 from seesaw.jobs.base import Endpoint, RowFailure
+from seesaw.jobs.journal import Kind
 from seesaw.jobs.shapes import (
     ApiError,
     BatchError,
@@ -30,154 +23,68 @@ from seesaw.jobs.shapes import (
     ErrorBody,
     response_body,
 )
+from seesaw.jobs.store import LineStore
 
 logger = logging.getLogger(__name__)
 
-_BUFFER = 1 << 20
-_FLUSH_SECONDS = 1.0
+_QUEUED = 1024
+"""Most rows that wait to be written; more make the engine wait."""
 
 
-def part_path(path: Path) -> Path:
-    """Where the lines of `path` stand until the job is done."""
-    return path.with_name(path.name + ".part")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncWindow:
+    """How much may be lost in a crash: rows are made safe in groups, when one of these is reached."""
+
+    seconds: float = 1.0
+    bytes: int = 8 << 20
+    rows: int = 10_000
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise JobError(f"{path}: cannot be written ({error.strerror})") from error
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer of a row. `top` is the number of alternatives its log-probabilities report."""
+
+    number: int
+    digest: int
+    endpoint: Endpoint
+    top: int
+    output: RequestOutput
 
 
-class _PartFile:
-    """A file that grows under a temporary name. Holds a lock, so that two jobs cannot write it at once."""
+class LineMaker:
+    """Lines of output and error files, in the shape of OpenAI's Batch output."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.part = path, part_path(path)
-        self._flushed = time.monotonic()
-        with _writing(self.part):
-            self._file: BinaryIO = open(self.part, "ab", buffering=_BUFFER)  # noqa: SIM115
-            self._lock()
-            if self._file.tell():
-                logger.warning("%s, left by a job that did not end, is overwritten", self.part)
-                self._file.truncate(0)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A job that ended just now may have renamed the file that was opened.
-            ours = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.part))
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            self._file.close()
-            raise JobError(f"{self.part}: another job is writing it; choose another output")
-
-    def write(self, line: bytes) -> None:
-        with _writing(self.part):
-            self._file.write(line)
-            now = time.monotonic()
-            if now - self._flushed > _FLUSH_SECONDS:
-                self._file.flush()
-                self._flushed = now
-
-    def close(self) -> None:
-        """Make what was written durable under the temporary name."""
-        if not self._file.closed:
-            with _writing(self.part):
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-
-    def commit(self) -> None:
-        self.close()
-        with _writing(self.path):
-            os.replace(self.part, self.path)
-
-
-class JobWriter:
-    """Writes one line per row, each to the output or to the error file, and counts them.
-
-    The error file is created with the first failed row. `answer` and `fail` may be called from several
-    threads. Raises `JobError` where a file cannot be written.
-    """
-
-    def __init__(self, output: Path, errors: Path, *, model: str) -> None:
+    def __init__(self, model: str) -> None:
         self._model = model
-        self._errors_path = errors
-        self._output = _PartFile(output)
-        with _writing(errors):
-            part_path(errors).unlink(missing_ok=True)  # of an earlier job that did not end
-        self._errors: _PartFile | None = None
-        self._lock = threading.Lock()
         self._encoder = msgspec.json.Encoder()
-        self._job = secrets.token_hex(8)
+        self._session = secrets.token_hex(8)
         self._lines = 0
-        self.answered = 0
-        """Lines in the output file."""
-        self.failures: Counter[str] = Counter()
-        """Lines in the error file, by code."""
 
-    @property
-    def failed(self) -> int:
-        """Lines in the error file."""
-        return self.failures.total()
+    def answer(self, row: Answer) -> bytes:
+        """The line of an answered row."""
+        serial = self._next_serial()
+        body = response_body(
+            row.endpoint,
+            row.output,
+            top=row.top,
+            serial=serial,
+            created=int(time.time()),
+            model=self._model,
+        )
+        return self._line(serial, row.output.request_id, BatchResponse(200, f"req_{serial}", body), None)
 
-    def answer(self, output: RequestOutput, endpoint: Endpoint, *, top: int = 0) -> None:
-        """Write the answer of a row; `top` is the number of alternatives its log-probabilities report."""
-        with self._lock:
-            serial = self._next_serial()
-            body = response_body(
-                endpoint, output, top=top, serial=serial, created=int(time.time()), model=self._model
-            )
-            line = self._line(serial, output.request_id, BatchResponse(200, f"req_{serial}", body), None)
-            self._output.write(line)
-            self.answered += 1
-
-    def fail(self, failure: RowFailure) -> None:
-        """Write the error line of a row: a response with a status, or an error where it was no request."""
-        with self._lock:
-            serial = self._next_serial()
-            if failure.status is None:
-                line = self._line(serial, failure.id, None, BatchError(failure.code, failure.message))
-            else:
-                kind = "server_error" if failure.status >= 500 else "invalid_request_error"
-                body = ErrorBody(ApiError(failure.message, kind, failure.param, failure.code))
-                line = self._line(
-                    serial, failure.id, BatchResponse(failure.status, f"req_{serial}", body), None
-                )
-            if self._errors is None:
-                self._errors = _PartFile(self._errors_path)
-            self._errors.write(line)
-            self.failures[failure.code] += 1
-
-    def commit(self) -> None:
-        """Make both files durable and give them their names, the error file first.
-
-        So an output file under its name means that the job is done. Without failed rows, an error file of an
-        earlier job is removed.
-        """
-        self.close()
-        if self._errors is not None:
-            self._errors.commit()
-        with _writing(self._errors_path):
-            if self._errors is None:
-                self._errors_path.unlink(missing_ok=True)
-            self._output.commit()
-            for folder in {self._errors_path.parent, self._output.path.parent}:
-                _sync_folder(folder)
-
-    def close(self) -> None:
-        """Make what was written durable in the `.part` files and leave them there."""
-        with self._lock:
-            for file in (self._output, self._errors):
-                if file is not None:
-                    file.close()
+    def failure(self, failure: RowFailure) -> bytes:
+        """The line of a failed row: a response with a status, or an error where it was no request."""
+        serial = self._next_serial()
+        if failure.status is None:
+            return self._line(serial, failure.id, None, BatchError(failure.code, failure.message))
+        kind = "server_error" if failure.status >= 500 else "invalid_request_error"
+        body = ErrorBody(ApiError(failure.message, kind, failure.param, failure.code))
+        return self._line(serial, failure.id, BatchResponse(failure.status, f"req_{serial}", body), None)
 
     def _next_serial(self) -> str:
         self._lines += 1
-        return f"{self._job}{self._lines:08x}"
+        return f"{self._session}{self._lines:08x}"
 
     def _line(
         self, serial: str, row_id: str, response: BatchResponse | None, error: BatchError | None
@@ -186,10 +93,95 @@ class JobWriter:
         return self._encoder.encode(line) + b"\n"
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class JobWriter:
+    """Takes one answer or failure per row, and counts them; a thread makes lines of them and syncs them.
+
+    `answer` and `fail` may be called from several threads. They wait while too many rows are queued, and raise
+    what ended the thread: a `JobError` where a file cannot be written.
+    """
+
+    def __init__(self, store: LineStore, *, model: str, window: SyncWindow | None = None) -> None:
+        self._store, self._window = store, window or SyncWindow()
+        self._maker = LineMaker(model)
+        self._queue: Queue[Answer | RowFailure | None] = Queue(_QUEUED)
+        self._error: BaseException | None = None
+        self._closed = False
+        self._ended = False
+        """Whether the thread has met the end of the queue."""
+        self.answered = 0
+        """Rows with a line in the output; those of earlier sessions are the caller's to add."""
+        self.failures: Counter[str] = Counter()
+        """Rows with a line in the error file, by code, likewise."""
+        self._thread = threading.Thread(target=self._work, name="seesaw-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def safe(self) -> int:
+        """Rows of this writer that no crash can lose."""
+        return self._store.safe
+
+    def answer(self, row: Answer) -> None:
+        """Write the answer of a row."""
+        self._put(row)
+
+    def fail(self, failure: RowFailure) -> None:
+        """Write the error line of a row."""
+        self._put(failure)
+
+    def _put(self, item: Answer | RowFailure) -> None:
+        self._check()
+        self._queue.put(item)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Make all rows safe and end the thread. Raises what went wrong; may be called twice."""
+        self.stop()
+        self._check()
+
+    def stop(self) -> None:
+        """The same without raising."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            while self._take():
+                self._store.sync()
+        except BaseException as error:  # raised to whoever brings the next row
+            self._error = error
+            self._drain()
+
+    def _take(self) -> bool:
+        """Take rows until the window is full; False at the end."""
+        window, rows, due = self._window, 0, None
+        while rows < window.rows and self._store.waiting < window.bytes:
+            try:
+                item = self._queue.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+            except Empty:
+                return True
+            if item is None:
+                self._ended = True
+                self._store.sync()
+                return False
+            self._write(item)
+            rows += 1
+            due = due or time.monotonic() + window.seconds
+        return True
+
+    def _write(self, item: Answer | RowFailure) -> None:
+        if isinstance(item, Answer):
+            self._store.add(Kind.ANSWER, item.number, item.digest, self._maker.answer(item))
+            self.answered += 1
+        else:
+            self._store.add(Kind.ERROR, item.number, item.digest, self._maker.failure(item))
+            self.failures[item.code] += 1
+
+    def _drain(self) -> None:
+        """Let those go on who wait for room in the queue, until the end."""
+        while not self._ended:
+            self._ended = self._queue.get() is None

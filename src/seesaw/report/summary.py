@@ -18,17 +18,19 @@ def format_summary(
     *,
     rows_answered: int,
     rows_failed: int,
+    rows_before: int = 0,
     failures: Mapping[str, int] | None = None,
     elapsed_seconds: float,
     files: Sequence[tuple[str, Path]] = (),
 ) -> str:
     """Lines of label and text, without a newline at the end.
 
+    `rows_before` of the rows were done in earlier sessions; tokens and times are of this one.
     `failures` counts failed rows by code, `elapsed_seconds` is the job's, from its first row to its last;
     rates are tokens over that time. `files` are labels and paths to name.
     """
     lines = [
-        ("rows", _rows(rows_answered, rows_failed, failures or {})),
+        ("rows", _rows(rows_answered, rows_failed, rows_before, failures or {})),
         ("tokens", _tokens(stats, elapsed_seconds)),
         ("time", _time(stats, elapsed_seconds)),
         ("plan", stats.plan),
@@ -52,8 +54,10 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
-def _rows(answered: int, failed: int, failures: Mapping[str, int]) -> str:
+def _rows(answered: int, failed: int, before: int, failures: Mapping[str, int]) -> str:
     text = f"{answered:,} answered, {failed:,} failed"
+    if before:
+        text += f" (of which {before:,} from before)"
     if failures:
         ordered = sorted(failures.items(), key=lambda item: -item[1])
         named = [f"{code} {count:,}" for code, count in ordered[:_MOST_CODES]]
