@@ -82,7 +82,7 @@ class RandomAuto(Auto):
             block_size=options.block_size,
             max_model_len=present.memory.max_model_len,
         )
-        for _ in range(3):
+        for _ in range(6):
             separate = present.plan.separate and self._rng.random() < 0.7
             try:
                 return redeploy(

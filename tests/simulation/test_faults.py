@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,9 +21,12 @@ TWICE = 20
 
 
 @pytest.fixture(autouse=True)
-def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    """Losses are what these jobs are made of."""
+def quick(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Losses are what these jobs are made of: no log. They are small, so that their rubbish can wait."""
     caplog.set_level(logging.ERROR, logger="seesaw")
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def simulated(seed: int, size: int) -> Watch:

@@ -100,6 +100,11 @@ class _InFlight:
     host_reads: frozenset[int] = frozenset()
     host_writes: frozenset[int] = frozenset()
     copy: bool = True
+    touched: frozenset[int] = field(init=False)
+    host: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.touched, self.host = self.reads | self.writes, self.host_reads | self.host_writes
 
 
 @dataclass(slots=True)
@@ -133,6 +138,8 @@ class Watch:
     _engine: Engine | None = None
     _scheduler: Scheduler | None = None
     _deployment: Deployment | None = None
+    _moved: bool = False
+    """Whether there were actions since the last check."""
     _device: int = 0
     """Blocks of a replica's pool."""
     _tables: list[dict[int, tuple[object, list[int]]]] = field(default_factory=list)
@@ -202,6 +209,7 @@ class Watch:
         """Look at an action before it is carried out."""
         self.actions += 1
         self.tally.actions += 1
+        self._moved = True
         self.trace = crc32(msgspec.msgpack.encode(action), self.trace)
         if self.log is not None:
             self.log.append(f"submit {action}")
@@ -216,7 +224,8 @@ class Watch:
 
     def waiting(self) -> None:
         """All actions of a step have been submitted."""
-        self.check()
+        if self._moved:
+            self.check()
 
     def delivered(self, completions: list[Completion]) -> None:
         """What the engine is about to be told."""
@@ -227,26 +236,18 @@ class Watch:
     def check(self) -> None:
         """The books, and that nothing in flight touches what is free."""
         assert self._scheduler is not None
+        self._moved = False
         with _books():
             check_integrity(self._scheduler)
-        host = self._scheduler.host._free
+        free_host = set(self._scheduler.host._free)
         free: dict[Replica, set[int]] = {}
-        free_host = set(host)
         for flights in self._flying.values():
             for flight in flights:
                 pool = free.get(flight.replica)
                 if pool is None:
                     pool = free[flight.replica] = set(flight.replica.pool._free)
-                hold(
-                    pool.isdisjoint(flight.reads) and pool.isdisjoint(flight.writes),
-                    "in flight",
-                    "a device block was freed under it",
-                )
-                hold(
-                    free_host.isdisjoint(flight.host_reads) and free_host.isdisjoint(flight.host_writes),
-                    "in flight",
-                    "a host block was freed under it",
-                )
+                hold(pool.isdisjoint(flight.touched), "in flight", "a device block was freed under it")
+                hold(free_host.isdisjoint(flight.host), "in flight", "a host block was freed under it")
 
     # ---- Forwards -----------------------------------------------------------------------------------------
 
@@ -463,13 +464,14 @@ def _books() -> Iterator[None]:
 def _check_race(old: _InFlight, new: _InFlight) -> None:
     if old.replica is new.replica:
         if not old.copy and not new.copy:  # Forwards run in order; but a block changes hands only when idle
-            shared = (old.reads | old.writes) & (new.reads | new.writes)
-            hold(old.owner is new.owner or not shared, "one owner", f"device blocks {sorted(shared)}")
+            shared = old.owner is not new.owner and old.touched & new.touched
+            hold(not shared, "one owner", f"device blocks {shared}")
         elif old.copy or new.writes:  # a copy out runs after the Forwards that were submitted before it
-            touched = new.writes & (old.reads | old.writes) | old.writes & new.reads
-            hold(not touched, "in flight", f"a race for device blocks {sorted(touched)}")
-    touched = new.host_writes & (old.host_reads | old.host_writes) | old.host_writes & new.host_reads
-    hold(not touched, "in flight", f"a race for host blocks {sorted(touched)}")
+            touched = new.writes & old.touched | old.writes & new.reads
+            hold(not touched, "in flight", f"a race for device blocks {touched}")
+    if old.host and new.host:
+        touched = new.host_writes & old.host | old.host_writes & new.host_reads
+        hold(not touched, "in flight", f"a race for host blocks {touched}")
 
 
 def _check_host(sequence: Sequence, size: int, host: Mapping[int, bytearray]) -> None:

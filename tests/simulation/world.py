@@ -24,7 +24,7 @@ SHAPES = ((8, 8, 2), (3, 6, 3), (4, 4, 4))
 """Layers, query heads, KV heads. The weights are small beside the KV, so that pools stay tiny on few ranks too."""
 LONGEST = 64
 """Tokens that the model itself can take."""
-WORLDS = (1, 2, 2, 4, 3, 4, 4, 6, 8)
+WORLDS = (4, 2, 3, 1, 2, 4, 4, 6, 8)
 POLICIES = {
     True: ("seesaw", "prefill-first", "decode-first"),
     False: ("chunked", "prefill-first", "decode-first"),
@@ -110,7 +110,7 @@ def job_of(seed: int, size: int) -> Job:
         rng=random.Random(rng.randrange(1 << 32)),
         deployment=deployment,
         speaks=speaks,
-        rows=[_row(rng, i, 6 if wide else longest, 2 if wide else 20, speaks) for i in range(count)],
+        rows=[_row(rng, i, 6 if wide else longest, 2 if wide else 16, speaks) for i in range(count)],
         faults=faults,
         closes=sorted(rng.randrange(0, count + 1) for _ in range(rng.choice((0, 0, 0, 1, 2)))),
         source_fails=rng.randrange(count) if rng.random() < 0.05 else None,
@@ -127,7 +127,7 @@ def _faults(rng: random.Random, size: int) -> list[Fault]:
     last, faults = rng.choice((15, 60, 60, 200)) + 10 * size, []
     for _ in range(rng.choice((1, 1, 2, 3))):
         at, kind = rng.randrange(last), rng.choice(FAULTS)
-        share, grace = rng.choice((0.0, 0.0, 0.5, 1.0)), rng.choice((0, 0, 3, 30))
+        share, grace = rng.choice((0.0, 0.0, 0.0, 0.5, 0.5, 1.0)), rng.choice((0, 0, 3, 30))
         if kind in ("die in start", "startup"):  # there is a start to be disturbed only if one died before
             faults.append(Fault(at, "die", 0.0, grace))
         faults.append(Fault(at, kind, share, grace))
@@ -210,7 +210,7 @@ def _within(rng: random.Random, model: PlannedModel, plan: Plan) -> Deployment:
     need = -(-longest // block_size)
     block = model.kv_bytes_per_token() * block_size
     host = need + rng.randrange(0, 3 * need) if plan.separate else rng.choice((0, 1, need, 3 * need))
-    smaller = Plan.parse("T1") if rng.random() < 0.6 else plan
+    smaller = Plan.parse("T1") if rng.random() < 0.75 else plan
     limits = _limits(options, device=1 << 30, host=block * host)
     device = _device_memory(model, smaller, limits, need + rng.randrange(0, 2 * need + 2))
     limits = replace(limits, device_memory=device)

@@ -24,18 +24,18 @@ def check_integrity(scheduler: Scheduler) -> None:
         replica.pool.check(owned[replica])
         _check_residents(replica)
         _check_slots(replica)
+    everywhere = [s.status for s in sequences]
     for queue, status in ((scheduler.waiting, Status.WAITING), (scheduler.hosted, Status.HOST)):
-        assert all(s.status is status for s in queue)
-        assert len(queue) == sum(s.status is status for s in sequences), f"a sequence {status} is not queued"
-    leaving = [s for s in sequences if s.status is Status.SWAPPING_OUT]
-    assert scheduler.swapping_out == len(leaving)
+        assert all([s.status is status for s in queue])
+        assert len(queue) == everywhere.count(status), f"a sequence {status} is not queued"
+    assert scheduler.swapping_out == everywhere.count(Status.SWAPPING_OUT)
 
 
 def _check_sequence(scheduler: Scheduler, sequence: Sequence) -> None:
-    config = scheduler.config
-    assert sequence.copies >= 0 and sequence.pending <= 2
-    assert len(sequence.tokens) <= sequence.limit <= config.max_model_len
-    assert sequence.cached <= len(sequence.tokens) + sequence.pending
+    config, tokens, pending = scheduler.config, len(sequence.tokens), sequence.pending
+    assert sequence.copies >= 0 and pending <= 2
+    assert tokens <= sequence.limit <= config.max_model_len
+    assert sequence.cached <= tokens + pending
     resident = sequence.home is not None and sequence.group >= 0
     assert resident == (sequence.status in _ON_DEVICE and not _left(sequence)), sequence.status
     assert sequence.untold or (sequence.slot >= 0) == (sequence.group >= 0)
