@@ -29,7 +29,7 @@ Patch = pytest.MonkeyPatch
 
 @dataclass(frozen=True)
 class Mutation:
-    """A way to break the engine. `caught_by` names the invariant that notices it first."""
+    """A way to break the engine. `caught_by` names the invariant that is there to notice it; others may as well."""
 
     name: str
     caught_by: str
@@ -164,6 +164,16 @@ def what_is_on_the_host_is_computed_again(patch: Patch) -> None:
             self.waiting.appendleft(sequence)
 
     _losing(patch, lambda s: None, restart)
+
+
+@mutation("order")
+def what_is_on_the_host_is_mixed_up_at_a_loss(patch: Patch) -> None:
+    _losing(patch, lambda s: None, lambda s, _: s.hosted.reverse())
+
+
+@mutation("order")
+def what_is_computed_again_comes_last(patch: Patch) -> None:
+    _losing(patch, lambda s: len(s.waiting), lambda s, before: s.waiting.rotate(before))
 
 
 @mutation("recovery")
@@ -441,7 +451,7 @@ def _states(patch: Patch, **fields: Any) -> None:
 def tokens_of_ended_sequences_are_appended(patch: Patch) -> None:
     def append(self: Scheduler, flight: Flight, tokens: list[int]) -> list[Sequence]:
         for sequence, token in zip(flight.sampled, tokens, strict=True):
-            if sequence.status is Status.FINISHED:
+            if sequence.status is Status.FINISHED and not sequence.logprobs:
                 sequence.tokens.append(token)
         return whole(self, flight, tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,19 +14,20 @@ from tests.simulation.watch import INVARIANTS
 
 SEEDS = 400
 """Within so many jobs a mutation is caught."""
+TWICE = 5
+"""Of so many jobs, one is run again."""
 
 
-def caught(seeds: range) -> Violation | None:
-    """The first violation."""
-    for seed in seeds:
-        size = 1 + 8 * (seed - seeds.start) // len(seeds)
+def violations() -> Iterator[Violation]:
+    """What is violated, job by job. The jobs grow."""
+    for seed in range(SEEDS):
+        size = 1 + 8 * seed // SEEDS
         try:
             watch = run(seed, size)
-            if seed % 5 == 0 and run(seed, size).trace != watch.trace:
-                return Violation("same trace", f"seed {seed}")
+            if seed % TWICE == 0 and run(seed, size).trace != watch.trace:
+                yield Violation("same trace", f"seed {seed}, size {size}")
         except Violation as violation:
-            return violation
-    return None
+            yield violation
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -34,9 +36,12 @@ def test_a_broken_engine_is_caught(
 ) -> None:
     caplog.set_level(logging.ERROR, logger="seesaw")
     mutation.apply(monkeypatch)
-    found = caught(range(SEEDS))
-    assert found is not None, f"{mutation.name} gets through {SEEDS} jobs"
-    assert found.invariant == mutation.caught_by, found
+    found: list[str] = []
+    for violation in violations():
+        found.append(str(violation))
+        if violation.invariant == mutation.caught_by:
+            return
+    pytest.fail(f"{mutation.name} gets through {SEEDS} jobs; {mutation.caught_by!r} is not among {found[:5]}")
 
 
 def test_every_invariant_has_a_mutation() -> None:

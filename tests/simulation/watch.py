@@ -46,6 +46,7 @@ INVARIANTS = {
     "tokens": "tokens, text, reasons and log-probabilities are those of the toy model",
     "refusals": "a row that cannot be served comes out with the code that says why",
     "kept": "KV that is whole on the host is the sequence's, survives a loss and is not computed again",
+    "order": "over a loss queues keep their order, and what is computed again comes first, the oldest in front",
     "no deadlock": "while there is work, something is in flight",
     "no livelock": "a bounded number of actions for each token",
     "recovery": "the ranks that are left, and no others, go on; where some plan fits them, the job does not end",
@@ -154,6 +155,8 @@ class Watch:
     """Replicas of the Forwards that ran under the present layout."""
     _kept: list[_Kept] | None = None
     """None unless ranks were lost a moment ago."""
+    _queues: tuple[list[Sequence], list[Sequence]] = ([], [])
+    """What waited, and what was on the host, when ranks were lost."""
     _survivors: list[object] = field(default_factory=list)
     _losses: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
     """Who was lost under this engine, and how many sequences with them."""
@@ -385,6 +388,7 @@ class Watch:
         places = self._deployment.places
         self._survivors = [place for rank, place in enumerate(places) if rank not in error.lost]
         live = self._scheduler.live()
+        self._queues = list(self._scheduler.waiting), list(self._scheduler.hosted)
         self.tally.rescued += sum(s.status is Status.SWAPPING_IN for s in live)
         self._kept = [
             _Kept(s, list(s.tokens), s.status in WHOLE, s.cached, list(s.host_blocks)) for s in live
@@ -418,6 +422,7 @@ class Watch:
             same = (sequence.cached, sequence.host_blocks) == (kept.cached, kept.blocks)
             stays = sequence.status is Status.HOST and same
             hold(stays or not kept.whole, "kept", f"sequence {sequence.id} lost its KV")
+        self._check_queues(self._scheduler)
         self.tally.kept += sum(kept.whole for kept in self._kept)
         with _books():
             self._scheduler.host.check(
@@ -426,6 +431,13 @@ class Watch:
         self._kept = None
         assert before is not None
         self._check_places(before, deployment)
+
+    def _check_queues(self, scheduler: Scheduler) -> None:
+        for queue, before in zip((scheduler.waiting, scheduler.hosted), self._queues, strict=True):
+            new, old = list(queue)[: len(queue) - len(before)], list(queue)[len(queue) - len(before) :]
+            hold(old == before, "order", f"{[s.id for s in before]} became {[s.id for s in queue]}")
+            ages = [s.id if queue is scheduler.waiting else s.admitted for s in new]
+            hold(ages == sorted(ages), "order", f"the oldest of {[s.id for s in new]} does not come first")
 
     def _check_places(self, before: Deployment, deployment: Deployment) -> None:
         hold(before.options.on_rank_loss == "continue", "stops", "the job goes on where it was to stop")
