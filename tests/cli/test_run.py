@@ -105,6 +105,7 @@ def test_options_are_those_of_the_engine() -> None:
     shared = set(ours) & set(theirs)
     assert shared == set(ours) - {
         *("input", "output", "errors", "limit", "served_model_name", "sync_loop", "debug"),
+        *("prompt_column", "id_column", "keep_column"),
     }
     assert {n: ours[n].default for n in shared - {"model"}} == {
         n: theirs[n].default for n in shared - {"model"}

@@ -22,6 +22,9 @@ def run(
     input: opt.Input,
     output: opt.Output = None,
     errors: opt.Errors = None,
+    prompt_column: opt.PromptColumn = None,
+    id_column: opt.IdColumn = None,
+    keep_column: opt.KeepColumn = None,
     limit: opt.Limit = None,
     dtype: opt.DType = "auto",
     load_format: opt.LoadFormat = "auto",
@@ -46,6 +49,7 @@ def run(
     Exit code: 0 if all rows were answered, 1 if some failed, 2 for unusable arguments, 3 if interrupted.
     """
     from seesaw.jobs.base import JobOptions
+    from seesaw.jobs.sources.open import find_inputs
 
     set_up_logging(debug=debug)
     with reported(debug=debug):
@@ -66,12 +70,16 @@ def run(
             "overlap": not sync_loop,
             "threads_per_rank": threads_per_rank,
         }
+        inputs = find_inputs(input)
     job = JobOptions(
-        input=input,
+        input=inputs,
         output=output,
         errors=errors,
         model=model,
         served_model_name=served_model_name,
+        prompt_column=prompt_column,
+        id_column=id_column,
+        keep_columns=tuple(keep_column or ()),
         limit=limit,
     )
     raise typer.Exit(_run(job, engine_options, debug=debug))
@@ -98,10 +106,12 @@ def _run(job: JobOptions, engine_options: dict[str, Any], *, debug: bool) -> int
     """Run the job and print its summary; returns the exit code."""
     from seesaw.cli.progress import showing
     from seesaw.jobs.runner import check_files, run_job
+    from seesaw.jobs.sources.open import check_formats
     from seesaw.jobs.writer import part_path
 
     with reported(debug=debug) as command:
         check_files(job)
+        check_formats(job)
         if engine_options["plan"] != "auto":
             Plan.parse(engine_options["plan"])
         with open_engine(job.model, engine_options) as engine:

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from seesaw.core.errors import EngineError, JobError, RequestError
 from seesaw.core.request import Request, RequestOutput
@@ -84,6 +85,7 @@ class _Pending:
     digest: int
     endpoint: Endpoint
     top: int
+    extra: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -139,7 +141,7 @@ class _Run:
             if output.error is not None:
                 self._refuse(row, output.request_id, output.error)
             else:
-                self._writer.answer(output, row.endpoint, top=row.top)
+                self._writer.answer(output, row.endpoint, top=row.top, extra=row.extra)
         if self._pending:
             raise EngineError(
                 f"the engine ended without an answer to {len(self._pending)} rows; this is a bug"
@@ -167,7 +169,7 @@ class _Run:
             self._refuse(row, row.id, error)
             return
         top = request.sampling.logprobs or 0
-        self._pending[row.id] = _Pending(row.number, row.place, row.digest, row.endpoint, top)
+        self._pending[row.id] = _Pending(row.number, row.place, row.digest, row.endpoint, top, row.extra)
         yield request
 
     def _refuse(self, row: Row | _Pending, row_id: str, error: RequestError) -> None:
@@ -180,6 +182,7 @@ class _Run:
                 message=f"{row.place}: {error}",
                 param=error.param,
                 status=_STATUS.get(error.code, 400),
+                extra=row.extra,
             )
         )
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -30,6 +30,7 @@ from seesaw.jobs.shapes import (
     ErrorBody,
     response_body,
 )
+from seesaw.jobs.sinks.open import finish
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class _PartFile:
     def commit(self) -> None:
         self.close()
         with _writing(self.path):
-            os.replace(self.part, self.path)
+            finish(self.part, self.path)
 
 
 class JobWriter:
@@ -124,14 +125,20 @@ class JobWriter:
         """Lines in the error file."""
         return self.failures.total()
 
-    def answer(self, output: RequestOutput, endpoint: Endpoint, *, top: int = 0) -> None:
-        """Write the answer of a row; `top` is the number of alternatives its log-probabilities report."""
+    def answer(
+        self, output: RequestOutput, endpoint: Endpoint, *, top: int = 0, extra: dict[str, Any] | None = None
+    ) -> None:
+        """Write the answer of a row; `top` is the number of alternatives its log-probabilities report.
+
+        `extra` is what passes through from the row (`Row.extra`).
+        """
         with self._lock:
             serial = self._next_serial()
             body = response_body(
                 endpoint, output, top=top, serial=serial, created=int(time.time()), model=self._model
             )
-            line = self._line(serial, output.request_id, BatchResponse(200, f"req_{serial}", body), None)
+            response = BatchResponse(200, f"req_{serial}", body)
+            line = self._line(serial, output.request_id, response, None, extra)
             self._output.write(line)
             self.answered += 1
 
@@ -140,13 +147,13 @@ class JobWriter:
         with self._lock:
             serial = self._next_serial()
             if failure.status is None:
-                line = self._line(serial, failure.id, None, BatchError(failure.code, failure.message))
+                error = BatchError(failure.code, failure.message)
+                line = self._line(serial, failure.id, None, error, failure.extra)
             else:
                 kind = "server_error" if failure.status >= 500 else "invalid_request_error"
                 body = ErrorBody(ApiError(failure.message, kind, failure.param, failure.code))
-                line = self._line(
-                    serial, failure.id, BatchResponse(failure.status, f"req_{serial}", body), None
-                )
+                response = BatchResponse(failure.status, f"req_{serial}", body)
+                line = self._line(serial, failure.id, response, None, failure.extra)
             if self._errors is None:
                 self._errors = _PartFile(self._errors_path)
             self._errors.write(line)
@@ -180,9 +187,14 @@ class JobWriter:
         return f"{self._job}{self._lines:08x}"
 
     def _line(
-        self, serial: str, row_id: str, response: BatchResponse | None, error: BatchError | None
+        self,
+        serial: str,
+        row_id: str,
+        response: BatchResponse | None,
+        error: BatchError | None,
+        extra: dict[str, Any] | None,
     ) -> bytes:
-        line = BatchLine(f"batch_req_{serial}", row_id, response, error)
+        line = BatchLine(f"batch_req_{serial}", row_id, response, error, extra or msgspec.UNSET)
         return self._encoder.encode(line) + b"\n"
 
 
