@@ -193,7 +193,7 @@ def _open(path: Path, names: ColumnNames) -> Source:
         inner = path.with_suffix("").suffix.lower() if suffix in COMPRESSED else suffix
         if stream.head.startswith(b"PAR1") or inner == ".parquet":
             raise JobError(
-                f"{shown_path(path)}: a Parquet file is read from a file of its own, not compressed"
+                f"{shown_path(path)}: a Parquet file is read from a file of its own, not from a pipe or compressed"
             )
         delimiter = _DELIMITERS.get(inner)
         if delimiter is not None:

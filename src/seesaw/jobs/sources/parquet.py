@@ -30,7 +30,7 @@ class ParquetTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._errors = (pa.ArrowException, OSError)
+        self._errors = (pa.ArrowException, OSError, ValueError, OverflowError)
         try:
             # Neither whole row groups nor the whole file ahead: memory stays constant.
             self._file = pq.ParquetFile(
@@ -52,13 +52,10 @@ class ParquetTable:
 
     def records(self) -> Iterator[Record]:
         """See `Source`."""
-        try:
-            for batch in self._file.iter_batches(batch_size=_BATCH_ROWS, columns=self._columns.used):
-                for digest, content in self._contents(_without_nanoseconds(batch)):
-                    self._read += 1
-                    yield Record(self._read, digest, content)
-        except self._errors as error:
-            raise DamagedStream(f"the Parquet data are damaged: {_reason(error)}") from error
+        for batch in self._batches():
+            for digest, content in self._contents(_without_nanoseconds(batch)):
+                self._read += 1
+                yield Record(self._read, digest, content)
 
     def share(self) -> float | None:
         """See `Source`."""
@@ -72,10 +69,21 @@ class ParquetTable:
         """See `Source`."""
         self._file.close()
 
+    def _batches(self) -> Iterator[Any]:
+        batches = self._file.iter_batches(batch_size=_BATCH_ROWS, columns=self._columns.used)
+        while True:
+            try:
+                batch = next(batches, None)
+            except self._errors as error:
+                raise DamagedStream(f"the Parquet data are damaged: {_reason(error)}") from error
+            if batch is None:
+                return
+            yield batch
+
     def _contents(self, batch: Any) -> Iterator[tuple[int, Parsed | RecordError]]:
         try:
             rows = batch.to_pylist()
-        except (ValueError, OverflowError, *self._errors):  # of one row; the others are well
+        except self._errors:  # of one row; the others are well
             for index in range(batch.num_rows):
                 yield self._alone(batch.slice(index, 1))
             return
@@ -87,7 +95,7 @@ class ParquetTable:
             return self._content(row.to_pylist()[0])
         except UnicodeDecodeError as error:
             return 0, RecordError("invalid_utf8", f"a text of the row is not UTF-8 ({error.reason})")
-        except (ValueError, OverflowError, *self._errors) as error:
+        except self._errors as error:
             return 0, RecordError("invalid_row", f"a value of the row cannot be read ({_reason(error)})")
 
     def _content(self, values: dict[str, Any]) -> tuple[int, Parsed | RecordError]:
@@ -111,4 +119,5 @@ def _without_nanoseconds(batch: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+    text = str(error).strip().partition("\n")[0].rstrip(".: ")
+    return "".join(char for char in text if char.isprintable())

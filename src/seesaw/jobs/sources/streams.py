@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _CHUNK = 1 << 20
-_PIECE = 1 << 16
+_PACKED = 1 << 16
+_ZSTD_PIECE = 512
+"""Bytes decompressed at once. Zeros shrink to 4 bytes per 128 KiB, so that these become 16 MiB at most."""
 _MAGICS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive",
@@ -199,14 +201,13 @@ class _Unzstd(_Unpacked):
         self._error = zstandard.ZstdError
         self._unpacker = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
         self._frame: Any = None
-        self._packed = b""
+        self._packed = memoryview(b"")
         self._ready = memoryview(b"")
-        self._piece = _PIECE
 
     def _some(self, size: int) -> bytes:
         while not self._ready:
             if not self._packed:
-                self._packed = self._stored.read(_PIECE)
+                self._packed = memoryview(self._stored.read(_PACKED))
                 if not self._packed:
                     if self._frame is not None:
                         raise DamagedStream("the zstd data end too early; the file is incomplete")
@@ -216,22 +217,19 @@ class _Unzstd(_Unpacked):
         return bytes(data)
 
     def _unpack(self) -> None:
-        """Decompress a piece, smaller after pieces that became large: zeros shrink to almost nothing."""
         if self._frame is None:
             self._frame = self._unpacker.decompressobj()
-        piece, self._packed = self._packed[: self._piece], self._packed[self._piece :]
+        piece, self._packed = self._packed[:_ZSTD_PIECE], self._packed[_ZSTD_PIECE:]
         try:
             data = self._frame.decompress(piece)
         except self._error as error:
             reason = str(error).removeprefix("zstd decompressor error: ")
             raise DamagedStream(f"the zstd data are damaged: {reason}") from error
         if self._frame.eof:
-            self._packed = self._frame.unused_data + self._packed
+            rest = len(self._frame.unused_data)
+            if rest:
+                self._packed = memoryview(bytes(piece[-rest:]) + bytes(self._packed))
             self._frame = None
-        if len(data) > _CHUNK:
-            self._piece = max(64, self._piece // 8)
-        elif self._piece < _PIECE:
-            self._piece *= 2
         self._ready = memoryview(data)
 
 
@@ -249,7 +247,8 @@ def _compression(path: Path, head: bytes) -> str | None:
             )
     expected = COMPRESSED.get(path.suffix.lower())
     # A server may have decompressed what it sent and left the name as it was.
-    if expected is not None and not (head and all(byte >= 0x20 or byte in b"\t\r\n" for byte in head)):
+    text = all(byte >= 0x20 or byte in b"\t\r\n" for byte in head)
+    if expected is not None and (not text or any(magic.startswith(head) for magic in _MAGICS)):
         found = f"begins with {head[:4].hex(' ')}" if head else "is empty"
         raise JobError(f"{shown_path(path)}: is no {expected} file, as its name says (it {found})")
     return None
