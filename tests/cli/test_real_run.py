@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -166,3 +167,24 @@ def test_what_the_engine_refuses_is_one_sentence(
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_table_through_the_engine(model: Path, tmp_path: Path) -> None:
+    """The same answers from standard input as JSON lines and from CSV as Parquet."""
+    texts = ["The quick", 'brown "fox"\njumps', "Ça va?"]
+    greedy = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
+    (tmp_path / "in.csv").write_text(
+        "question,temperature,max_tokens,ignore_eos,topic\n"
+        + "".join('"{}",0,5,true,t{}\n'.format(text.replace('"', '""'), i) for i, text in enumerate(texts))
+    )
+    table, lines = tmp_path / "out.parquet", tmp_path / "out.jsonl"
+    options = ["--plan", "P2->T2", "--prompt-column", "question"]
+    first = command(model, tmp_path / "in.csv", *options, "--output", str(table))
+    assert subprocess.run(first, check=False).returncode == 0
+    second = command(model, Path("-"), "--plan", "P2->T2", "--output", str(lines))
+    rows = b"".join(json.dumps({"prompt": text, **greedy}).encode() + b"\n" for text in texts)
+    assert subprocess.run(second, input=rows, check=False).returncode == 0
+    expected = {a["custom_id"]: a["response"]["body"]["choices"][0]["text"] for a in read(lines)}
+    found = pq.read_table(table).to_pylist()
+    assert {row["id"].replace("row", "line"): row["text"] for row in found} == expected
+    assert {row["id"]: row["topic"] for row in found} == {f"row-{i + 1}": f"t{i}" for i in range(3)}
