@@ -170,21 +170,21 @@ def test_what_the_engine_refuses_is_one_sentence(
 
 
 def test_a_table_through_the_engine(model: Path, tmp_path: Path) -> None:
-    """The same answers from standard input as JSON lines and from CSV as Parquet."""
+    """A CSV file and JSON lines from standard input, with the same prompts, into one Parquet file."""
     texts = ["The quick", 'brown "fox"\njumps', "Ça va?"]
     greedy = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
     (tmp_path / "in.csv").write_text(
         "question,temperature,max_tokens,ignore_eos,topic\n"
         + "".join('"{}",0,5,true,t{}\n'.format(text.replace('"', '""'), i) for i, text in enumerate(texts))
     )
-    table, lines = tmp_path / "out.parquet", tmp_path / "out.jsonl"
-    options = ["--plan", "P2->T2", "--prompt-column", "question"]
-    first = command(model, tmp_path / "in.csv", *options, "--output", str(table))
-    assert subprocess.run(first, check=False).returncode == 0
-    second = command(model, Path("-"), "--plan", "P2->T2", "--output", str(lines))
-    rows = b"".join(json.dumps({"prompt": text, **greedy}).encode() + b"\n" for text in texts)
-    assert subprocess.run(second, input=rows, check=False).returncode == 0
-    expected = {a["custom_id"]: a["response"]["body"]["choices"][0]["text"] for a in read(lines)}
-    found = pq.read_table(table).to_pylist()
-    assert {row["id"].replace("row", "line"): row["text"] for row in found} == expected
-    assert {row["id"]: row["topic"] for row in found} == {f"row-{i + 1}": f"t{i}" for i in range(3)}
+    lines = b"".join(json.dumps({"question": text, **greedy}).encode() + b"\n" for text in texts)
+    output = tmp_path / "out.parquet"
+    options = ["--input", "-", "--output", str(output), "--plan", "P2->T2", "--prompt-column", "question"]
+    result = subprocess.run(command(model, tmp_path / "in.csv", *options), input=lines, check=False)
+    assert result.returncode == 0
+    found = {row["id"]: row for row in pq.read_table(output).to_pylist()}
+    assert set(found) == {f"{where}-{i}" for where in ("in.csv:row", "stdin:line") for i in (1, 2, 3)}
+    for i in (1, 2, 3):
+        assert found[f"in.csv:row-{i}"]["text"] == found[f"stdin:line-{i}"]["text"] != ""
+        assert found[f"in.csv:row-{i}"]["topic"] == f"t{i - 1}"
+        assert found[f"stdin:line-{i}"]["topic"] is None

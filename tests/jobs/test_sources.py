@@ -135,11 +135,11 @@ def test_files_without_rows(suffix: str, tmp_path: Path) -> None:
             gzip.compress(b"PAR1"),
             "a Parquet file is read from a file of its own, not from a pipe or compressed",
         ),
-        ("in.jsonl.gz", b"", "is no gzip file, as its name says (it is empty)"),
+        ("in.jsonl.gz", b"", "is named as a gzip file, but is empty"),
         (
             "in.jsonl.zst",
             b"\x00\x01\x02\x03\x04",
-            "is no zstd file, as its name says (it begins with 00 01 02 03)",
+            "is named as a zstd file, but begins with 00 01 02 03",
         ),
         (
             "in.jsonl",
@@ -269,11 +269,17 @@ def test_columns_of_many_types(tmp_path: Path) -> None:
         "nested": pa.array([[{"a.b": [1.5, None]}], None]),
         "a.b": pa.array([2**63, None], pa.uint64()),
         "": pa.array([True, False]),
+        "seed": pa.array([b"7", None], pa.binary()),
     }
     pq.write_table(pa.table(table), path)
     first, second = read(path)
     assert isinstance(first, Row) and isinstance(second, Row)
-    assert first.id == "1" and first.body == {"prompt": "a", "max_tokens": 3.0, "temperature": 0.25}
+    assert first.id == "1" and first.body == {
+        "prompt": "a",
+        "max_tokens": 3.0,
+        "temperature": 0.25,
+        "seed": 7,
+    }
     assert first.extra == {
         "nanoseconds": "2026-01-02T03:04:05.678901Z",
         "day": "2026-01-02",
@@ -285,6 +291,18 @@ def test_columns_of_many_types(tmp_path: Path) -> None:
     }
     assert second.id == "row-2" and second.body == {"prompt": None}
     json.dumps([first.extra, second.extra], allow_nan=False)
+
+
+def test_text_may_be_stored_as_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"id": [b"a", b"b"], "prompt": ["ü".encode(), b"\xff"]}), path)
+    first, second = read(path)
+    assert isinstance(first, Row) and (first.id, first.body) == ("a", {"prompt": "ü"})
+    assert isinstance(second, RowFailure) and second.code == "invalid_utf8"
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, ["prompt", "prompt"]), path)
+    with pytest.raises(JobError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: more than one column is named 'prompt'"
 
 
 def test_a_text_that_is_not_utf8_fails_its_row_of_a_parquet_file_only(tmp_path: Path) -> None:

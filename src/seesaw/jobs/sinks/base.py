@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 
-class Sink(Protocol):
-    """Writes one file. Leaving its context closes it; after an error the file is not whole.
+class Sink(ABC):
+    """Writes one file, which is whole once its context is left without an error.
 
     All methods raise `OSError` where the file cannot be written.
     """
 
+    @abstractmethod
     def write(self, line: bytes) -> None:
         """Take a line of an output or error file (`shapes.BatchLine`), with its line end."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Write what is left and make the file durable. May be called twice."""
-        ...
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class ClosingSink:
-    """A sink that is closed at the end of its context; after an error, without writing what is left."""
-
-    def write(self, line: bytes) -> None:
-        """See `Sink`."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """See `Sink`."""
-        raise NotImplementedError
-
+    @abstractmethod
     def abandon(self) -> None:
-        """Close the file as it is. May be called twice."""
-        raise NotImplementedError
+        """Close the file, whole or not. May be called twice; raises nothing."""
 
     def __enter__(self) -> Self:
         return self

@@ -63,7 +63,7 @@ class DelimitedSink(TableSink):
         self._file.close()
 
     def abandon(self) -> None:
-        """See `ClosingSink`."""
+        """See `Sink`."""
         self._file.abandon()
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import IO, Any, cast
 
-from seesaw.jobs.sinks.base import ClosingSink
+from seesaw.jobs.sinks.base import Sink
 
 _GZIP_LEVEL = 6
 _BUFFER = 1 << 20
@@ -51,7 +51,7 @@ class PackedFile:
             return
 
 
-class JsonlSink(ClosingSink):
+class JsonlSink(Sink):
     """Lines as they are, plain or compressed. See `Sink`."""
 
     def __init__(self, path: Path, compression: str | None) -> None:
@@ -66,5 +66,5 @@ class JsonlSink(ClosingSink):
         self._file.close()
 
     def abandon(self) -> None:
-        """See `ClosingSink`."""
+        """See `Sink`."""
         self._file.abandon()

@@ -128,7 +128,7 @@ class ParquetSink(TableSink):
         self._writer.close()
 
     def abandon(self) -> None:
-        """See `ClosingSink`."""
+        """See `Sink`."""
         try:
             if self._writer is not None:
                 self._writer.close()

@@ -8,10 +8,11 @@ rows of a job are much alike.
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
-from seesaw.jobs.sinks.base import ClosingSink
+from seesaw.jobs.sinks.base import Sink
 from seesaw.jobs.sinks.flat import ANSWER, FAILURE, ID, OURS, flatten
 
 GROUP_ROWS = 20_000
@@ -20,7 +21,7 @@ GROUP_BYTES = 32 << 20
 Rows = list[dict[str, Any]]
 
 
-class TableSink(ClosingSink):
+class TableSink(Sink):
     """See `Sink`. A format says how a group is written, and how a file is rewritten."""
 
     def __init__(self, path: Path) -> None:
@@ -79,10 +80,10 @@ class TableSink(ClosingSink):
         rows, self._rows, self._bytes = self._rows, [], 0
         self._group(rows)
 
+    @abstractmethod
     def _group(self, rows: Rows) -> None:
         """Write `rows`, perhaps none, with `columns`; the first group fixes the head of the file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _finish(self) -> None:
         """Close the file; it is whole."""
-        raise NotImplementedError

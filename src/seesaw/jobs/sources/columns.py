@@ -36,11 +36,14 @@ def content_field(column: str, value: object) -> tuple[str, Any]:
 class TableColumns:
     """What the columns `names` of the table `path` are.
 
-    Raises `JobError` where there is no prompt column, more than one, or a column asked for is missing.
+    Raises `JobError` where there is no prompt column, more than one, a name twice, or a column asked for is missing.
     """
 
     def __init__(self, path: Path, names: Sequence[str], wanted: ColumnNames) -> None:
         self._path, self._names = path, names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise JobError(f"{path}: more than one column is named {twice!r}")
         for option, name in (
             ("prompt", wanted.prompt),
             ("id", wanted.id),

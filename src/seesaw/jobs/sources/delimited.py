@@ -83,9 +83,6 @@ class DelimitedTable:
             raise JobError(f"{where}: is empty; expected a first line with the names of the columns")
         if any(_has_bad_utf8(name) for name in header):
             raise JobError(f"{where}: the names of the columns are not UTF-8; save the file as UTF-8")
-        twice = next((name for name in header if name and header.count(name) > 1), None)
-        if twice is not None:
-            raise JobError(f"{where}: more than one column is named {twice!r}")
         other = next((d for d in ("\t", ";", ",") if d != delimiter and d in header[0]), None)
         if len(header) == 1 and other is not None:
             kind = "TSV" if delimiter == "\t" else "CSV"

@@ -107,9 +107,7 @@ class _Inputs:
         for index, path in enumerate(self._paths):
             if index:
                 self._source.close()
-                # In this order: a thread that asks for what is left must not see the old source as the new one.
-                source = _open(path, self._names)
-                self._source, self._index = source, index
+                self._source, self._index = _open(path, self._names), index
             yield from self._rows(path)
 
     def _rows(self, path: Path) -> Iterator[Row | RowFailure]:
@@ -206,5 +204,5 @@ def _open(path: Path, names: ColumnNames) -> Source:
 
 def _labels(paths: Sequence[Path]) -> list[str]:
     """Names that tell the inputs apart: their file names, or their paths where two files share a name."""
-    names = [path.name for path in paths]
+    names = ["stdin" if path == STDIN else path.name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]

@@ -53,7 +53,7 @@ class ParquetTable:
     def records(self) -> Iterator[Record]:
         """See `Source`."""
         for batch in self._batches():
-            for digest, content in self._contents(_without_nanoseconds(batch)):
+            for digest, content in self._contents(batch):
                 self._read += 1
                 yield Record(self._read, digest, content)
 
@@ -70,7 +70,9 @@ class ParquetTable:
         self._file.close()
 
     def _batches(self) -> Iterator[Any]:
-        batches = self._file.iter_batches(batch_size=_BATCH_ROWS, columns=self._columns.used)
+        batches = self._file.iter_batches(
+            batch_size=_BATCH_ROWS, columns=self._columns.used, use_threads=False
+        )
         while True:
             try:
                 batch = next(batches, None)
@@ -82,7 +84,7 @@ class ParquetTable:
 
     def _contents(self, batch: Any) -> Iterator[tuple[int, Parsed | RecordError]]:
         try:
-            rows = batch.to_pylist()
+            rows = self._values(batch)
         except self._errors:  # of one row; the others are well
             for index in range(batch.num_rows):
                 yield self._alone(batch.slice(index, 1))
@@ -92,11 +94,28 @@ class ParquetTable:
 
     def _alone(self, row: Any) -> tuple[int, Parsed | RecordError]:
         try:
-            return self._content(row.to_pylist()[0])
+            return self._content(self._values(row)[0])
         except UnicodeDecodeError as error:
             return 0, RecordError("invalid_utf8", f"a text of the row is not UTF-8 ({error.reason})")
         except self._errors as error:
             return 0, RecordError("invalid_row", f"a value of the row cannot be read ({_reason(error)})")
+
+    def _values(self, batch: Any) -> list[dict[str, Any]]:
+        """The rows of a batch, their bytes as text unless they pass through, their times to the microsecond."""
+        import pyarrow as pa
+
+        for index, (name, kind) in enumerate(zip(batch.schema.names, batch.schema.types, strict=True)):
+            if pa.types.is_timestamp(kind) and kind.unit == "ns":  # more than Python can hold
+                cells = batch.column(index).cast(pa.timestamp("us", kind.tz), safe=False)
+            elif (
+                pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+            ) and name not in self._columns.extra:
+                cells = pa.array([b if b is None else b.decode() for b in batch.column(index).to_pylist()])
+            else:
+                continue
+            batch = batch.set_column(index, name, cells)
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
 
     def _content(self, values: dict[str, Any]) -> tuple[int, Parsed | RecordError]:
         """As JSON and back: so every value is one that a JSONL row could have."""
@@ -105,17 +124,6 @@ class ParquetTable:
             return crc32(encoded), self._columns.parse(msgspec.json.decode(encoded))
         except RecordError as error:
             return crc32(encoded), error
-
-
-def _without_nanoseconds(batch: Any) -> Any:
-    """Times that Python can hold: to the microsecond."""
-    import pyarrow as pa
-
-    for index, column in enumerate(batch.schema):
-        if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
-            cells = batch.column(index).cast(pa.timestamp("us", column.type.tz), safe=False)
-            batch = batch.set_column(index, column.name, cells)
-    return batch
 
 
 def _reason(error: BaseException) -> str:

@@ -8,6 +8,8 @@ import os
 import stat
 import sys
 import zlib
+from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -50,8 +52,9 @@ class InputStream:
         except BaseException:
             self._stored.close()
             raise
-        unpackers = {None: _Plain, "gzip": _Gunzip, "zstd": _Unzstd}
-        self._unpacked = unpackers[self.compression](self._stored)
+        kinds: dict[str | None, Callable[[_Stored], _Unpacked]]
+        kinds = {None: _Plain, "gzip": _Gunzip, "zstd": _Unzstd}
+        self._unpacked = kinds[self.compression](self._stored)
         self.reader = io.BufferedReader(self._unpacked, _CHUNK)
 
     @property
@@ -159,9 +162,9 @@ class _Unpacked(io.RawIOBase):
         self.produced += len(data)
         return len(data)
 
+    @abstractmethod
     def _some(self, size: int) -> bytes:
         """From 1 to `size` bytes; none at the end."""
-        raise NotImplementedError
 
 
 class _Plain(_Unpacked):
@@ -250,5 +253,5 @@ def _compression(path: Path, head: bytes) -> str | None:
     text = all(byte >= 0x20 or byte in b"\t\r\n" for byte in head)
     if expected is not None and (not text or any(magic.startswith(head) for magic in _MAGICS)):
         found = f"begins with {head[:4].hex(' ')}" if head else "is empty"
-        raise JobError(f"{shown_path(path)}: is no {expected} file, as its name says (it {found})")
+        raise JobError(f"{shown_path(path)}: is named as a {expected} file, but {found}")
     return None
