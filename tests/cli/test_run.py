@@ -312,6 +312,7 @@ def test_unusable_inputs_are_found_before_the_engine(
         ([], {"input": source}, "choose one with --prompt-column; the columns are 'a', 'b'"),
         (["--prompt-column", "q"], {"input": source}, "has no column 'q' (--prompt-column)"),
         (["--input", source], {"input": source}, f"{source}: is named twice among the inputs"),
+        ([], {"input": "."}, ".: is a directory; expected a file, or a pattern such as './*.jsonl'"),
         (["--output", str(tmp_path / "o.xlsx")], {}, "cannot be written in the format of that name"),
         ([], {"input": "-"}, "the input is standard input; name the output with --output"),
     ):

@@ -205,7 +205,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=lines_of_columns())
 def test_tables_hold_what_the_lines_held(
     rows: list[tuple[str, list[str], dict[str, Any]]],

@@ -56,7 +56,7 @@ def told(row: Row | RowFailure) -> tuple[Any, ...]:
     return (row.number, row.id.replace("line-", "row-"), row.endpoint, row.body, row.plain, row.extra)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(ROW, min_size=1, max_size=6))
 def test_every_format_gives_the_same_rows(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
@@ -112,8 +112,8 @@ def test_files_without_rows(suffix: str, tmp_path: Path) -> None:
             "the line with the names of the columns cannot be read (unexpected end of data)",
         ),
         ("in.csv", b"prompt,id,id\n", "more than one column is named 'id'"),
-        ("in.csv", b"id;prompt\n", "the columns are separated by ';'; in a CSV file, ',' does"),
-        ("in.tsv", b"id,prompt\n", "the columns are separated by ','; in a TSV file, '\\t' does"),
+        ("in.csv", b"id;prompt\n", "the columns are separated by ';'; a CSV file has ','"),
+        ("in.tsv", b"id,prompt\n", "the columns are separated by ','; a TSV file has '\\t'"),
         (
             "in.csv",
             b"a,b\n",

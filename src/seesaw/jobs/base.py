@@ -155,7 +155,7 @@ class JobOptions:
         first = self.inputs[0]
         if first == STDIN:
             raise JobError("the input is standard input; name the output with --output")
-        return first.with_name(f"{stem(first)}.output.jsonl")
+        return first.parent / f"{stem(first)}.output.jsonl"
 
     @property
     def errors_path(self) -> Path:

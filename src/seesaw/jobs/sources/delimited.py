@@ -87,7 +87,7 @@ class DelimitedTable:
         if len(header) == 1 and other is not None:
             kind = "TSV" if delimiter == "\t" else "CSV"
             raise JobError(
-                f"{where}: the columns are separated by {other!r}; in a {kind} file, {delimiter!r} does"
+                f"{where}: the columns are separated by {other!r}; a {kind} file has {delimiter!r}"
             )
         # Data frames leave the name of their index column empty.
         return [name or f"column_{position}" for position, name in enumerate(header, 1)]
