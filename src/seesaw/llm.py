@@ -78,6 +78,11 @@ class LLM:
         """
         return self.deployment.memory.max_model_len
 
+    @property
+    def busy_cores(self) -> int:
+        """Cores of this machine that the ranks keep busy."""
+        return self.deployment.plan.world * self.deployment.options.threads_per_rank
+
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],

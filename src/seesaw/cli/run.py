@@ -25,6 +25,9 @@ def run(
     input: opt.Input,
     output: opt.Output = None,
     errors: opt.Errors = None,
+    prompt_column: opt.PromptColumn = None,
+    id_column: opt.IdColumn = None,
+    keep_column: opt.KeepColumn = None,
     limit: opt.Limit = None,
     ordered: opt.Ordered = False,
     retry_errors: opt.RetryErrors = False,
@@ -57,6 +60,7 @@ def run(
     the way.
     """
     from seesaw.jobs.base import JobOptions
+    from seesaw.jobs.sources.open import find_inputs
 
     set_up_logging(debug=debug)
     with reported(debug=debug):
@@ -79,12 +83,16 @@ def run(
             "on_rank_loss": on_rank_loss,
             "preflight": preflight,
         }
+        inputs = find_inputs(input)
     job = JobOptions(
-        input=input,
+        input=inputs,
         output=output,
         errors=errors,
         model=model,
         served_model_name=served_model_name,
+        prompt_column=prompt_column,
+        id_column=id_column,
+        keep_columns=tuple(keep_column or ()),
         limit=limit,
         ordered=ordered,
         retry_errors=retry_errors,
@@ -126,8 +134,10 @@ def _run(options: JobOptions, engine_options: dict[str, Any], *, debug: bool) ->
     from seesaw.cli.progress import showing
     from seesaw.jobs.resume import open_job
     from seesaw.jobs.runner import run_opened
+    from seesaw.jobs.sources.open import check_formats
 
     with reported(debug=debug) as command:
+        check_formats(options)
         if engine_options["plan"] != "auto":
             Plan.parse(engine_options["plan"])
         with open_job(options) as job:

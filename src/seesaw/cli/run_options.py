@@ -10,10 +10,11 @@ import typer
 _FILES, _MODEL, _MEMORY, _ENGINE = "Files", "Model", "Memory", "Engine"
 
 Input = Annotated[
-    Path,
+    list[str],
     typer.Option(
         "--input",
-        help="JSONL file: OpenAI Batch lines, or plain lines with 'prompt' or 'messages'.",
+        help="JSONL (OpenAI Batch lines, or plain lines with 'prompt' or 'messages'), CSV, TSV, Parquet; also .gz, "
+        ".zst; '-' is standard input. May be repeated, or a pattern such as 'part-*.jsonl'.",
         metavar="FILE",
         rich_help_panel=_FILES,
     ),
@@ -21,8 +22,9 @@ Input = Annotated[
 Output = Annotated[
     Path | None,
     typer.Option(
-        help="Answers, as OpenAI Batch output lines; by default INPUT.output.jsonl beside the input. "
-        "With - they go to standard output as they come, and the job cannot be continued.",
+        help="Answers: .jsonl as OpenAI Batch output lines, .csv, .tsv, .parquet as tables; also .gz, .zst. "
+        "By default INPUT.output.jsonl beside the input. With - they go to standard output as they come, and the job "
+        "cannot be continued.",
         metavar="FILE",
         rich_help_panel=_FILES,
     ),
@@ -30,8 +32,34 @@ Output = Annotated[
 Errors = Annotated[
     Path | None,
     typer.Option(
-        help="Failed rows; by default OUTPUT.errors.jsonl beside the output. Created only if a row fails.",
+        help="Failed rows, in the same formats; by default OUTPUT.errors.jsonl beside the output. Created only if a "
+        "row fails.",
         metavar="FILE",
+        rich_help_panel=_FILES,
+    ),
+]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column with the prompts; by default prompt, messages or prompt_token_ids.",
+        metavar="NAME",
+        rich_help_panel=_FILES,
+    ),
+]
+IdColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column with the ids; by default custom_id or id, if there is one.",
+        metavar="NAME",
+        rich_help_panel=_FILES,
+    ),
+]
+KeepColumn = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column that passes through to the output. May be repeated; of a table, by default all that are "
+        "neither prompts, ids nor parameters.",
+        metavar="NAME",
         rich_help_panel=_FILES,
     ),
 ]

@@ -20,9 +20,10 @@ from seesaw.jobs.disk import DISK, Disk, JobFiles, size_of, writing
 from seesaw.jobs.done import DoneRows, failures_by_code
 from seesaw.jobs.files import check_files
 from seesaw.jobs.fingerprint import Fingerprint, differences, take_fingerprint
-from seesaw.jobs.finish import clear_up, finish_files, keeps_lines
+from seesaw.jobs.finish import clear_up, finish_files
 from seesaw.jobs.journal import Damage, Header, Kind, Records, Replay, replay
 from seesaw.jobs.manifest import Manifest, Session, now, read_manifest, write_manifest
+from seesaw.jobs.sinks.open import is_plain
 from seesaw.jobs.store import (
     JobStore,
     LineStore,
@@ -300,7 +301,7 @@ class _Opening:
             )
         rows = found.rows()
         rows = rows[rows["kind"] == Kind.ANSWER]
-        if keeps_lines(files.output):
+        if is_plain(files.output):
             rows = _in_file_order(rows, ordered=manifest.ordered)
             self._copy_answers()
         self._new_round(rows)
