@@ -25,6 +25,7 @@ from seesaw.planning.at_hand import nominal_turn_costs, profile_at_hand
 from seesaw.planning.memory import MemoryPlan, TransitionMode
 from seesaw.planning.setup import Limits, Setup, set_up
 from seesaw.planning.shapes import stored_as
+from seesaw.recording.trace import check_trace
 from seesaw.scheduling.config import SchedulerConfig
 from seesaw.weights.sharding import Sharding, check_layout
 
@@ -70,6 +71,8 @@ class Options:
     start_timeout: float = 120.0
     profile: str | None = None
     """A folder to which each rank writes where its time went, by phase and function (`rank0.json`, …)."""
+    trace: str | None = None
+    """A file for a Chrome trace of ranks and scheduler, which Perfetto opens; `.json` or `.json.gz`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +186,8 @@ def transition_mode(options: Options) -> TransitionMode | None:
 def _check_choices(options: Options) -> None:
     if options.profile is not None and not Path(options.profile).is_dir():
         raise ConfigError(f"profile {options.profile!r}: no such folder; make it first")
+    if options.trace is not None:
+        check_trace(options.trace)
     if options.device != "cpu":
         raise ConfigError(f"device {options.device!r}: this version runs on 'cpu' only")
     choices = {

@@ -14,6 +14,8 @@ from seesaw.core.request import CompletionOutput, Request, RequestOutput, TokenL
 from seesaw.core.stats import EngineStats
 from seesaw.execution.base import Executor
 from seesaw.metering import Meter
+from seesaw.recording.bounded import History
+from seesaw.recording.tracing import EngineTrace
 from seesaw.rows import Rows
 from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
@@ -49,8 +51,12 @@ class Engine:
         executor: Executor,
         tokenizer: Tokenizer | None,
         auto: Auto | None = None,
+        trace: EngineTrace | None = None,
     ) -> None:
-        """With `auto`, ranks are started when the first rows are known, and `deployment` is a stand-in until then."""
+        """With `auto`, ranks are started when the first rows are known, and `deployment` is a stand-in until then.
+
+        What the control process does is told to `trace` as well.
+        """
         self._deployment, self._executor, self._tokenizer = deployment, executor, tokenizer
         self._auto = auto
         self._up = auto is None
@@ -63,13 +69,15 @@ class Engine:
         self._eos = frozenset(deployment.spec.eos_token_ids) | frozenset(
             tokenizer.eos_token_ids if tokenizer is not None else ()
         )
-        self._meter = Meter(deployment.plan.separate, deployment.memory.mode, _layouts(deployment))
+        self._meter = Meter(deployment.plan.separate, deployment.memory.mode, _layouts(deployment), trace)
+        if trace is not None:
+            trace.stats = self.stats
         self._done: list[RequestOutput] = []
         self._broken = False
         """Whether an exception left scheduler and ranks out of step."""
         self._failed = 0
         self._finished = 0
-        self._started = time.monotonic()
+        self._started = self._meter.started
         self._start_seconds = 0.0
         """From the first row until ranks that `auto` chose were ready."""
         self._change_seconds = 0.0
@@ -114,6 +122,8 @@ class Engine:
         except BaseException:
             self._broken = True
             raise
+        finally:
+            self._meter.rest()
 
     def _take_in(self, rows: Rows) -> None:
         while not rows.ended and self._scheduler.wants_requests:
@@ -195,6 +205,7 @@ class Engine:
                     sequence.finish_reason, sequence.stop_reason = "stop", stop
 
     def _finish(self, sequence: Sequence) -> None:
+        self._meter.finished(sequence.prompt_tokens, sequence.generated)
         job = self._jobs.pop(sequence.id)
         job.outputs.append(self._output(sequence))
         job.left -= 1
@@ -292,7 +303,7 @@ class Engine:
             self._rest()
             resting = time.monotonic()
             self._change(better, auto)
-            self._meter.seconds["transition"] += time.monotonic() - resting
+            self._meter.changed(resting)
         logger.debug("planning again took %.2f s", time.monotonic() - began)
 
     def _change(self, deployment: Deployment, auto: Auto) -> None:
@@ -329,6 +340,9 @@ class Engine:
             rank_host_seconds=dict(meter.rank_host_seconds),
             steps=dict(meter.steps),
             phase_tokens=dict(meter.tokens),
+            phase_sampled=dict(meter.sampled),
+            phase_keys=dict(meter.keys),
+            wall_seconds=dict(meter.wall_seconds),
             start_seconds=self._start_seconds,
             transitions=tuple(meter.transitions),
             swapped_out_bytes=meter.swapped_out_bytes,
@@ -341,7 +355,14 @@ class Engine:
             device_memory_budget_bytes=self._deployment.device_memory,
             host_kv_peak_bytes=scheduler.host.peak * block,
             host_kv_budget_bytes=self._deployment.host_kv,
+            host_kv_used_bytes=scheduler.host.used * block,
+            device_kv_used_bytes=sum(replica.pool.used for replica in scheduler.replicas) * block,
+            device_kv_pool_bytes=sum(replica.pool.total for replica in scheduler.replicas) * block,
         )
+
+    def history(self) -> History:
+        """How the engine came to where it stands. May be called from another thread, like `stats`."""
+        return self._meter.history()
 
 
 def _layouts(deployment: Deployment) -> tuple[str, ...]:

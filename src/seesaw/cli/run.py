@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,6 +13,7 @@ from seesaw.cli.failures import reported, say, set_up_logging
 from seesaw.core.errors import ConfigError
 from seesaw.core.layout import Plan
 from seesaw.core.units import parse_bytes
+from seesaw.recording.trace import check_trace
 
 if TYPE_CHECKING:
     from seesaw.jobs.base import JobEngine, JobOptions, JobSummary
@@ -39,6 +41,9 @@ def run(
     device_memory: opt.DeviceMemory = None,
     host_kv: opt.HostKV = None,
     max_model_len: opt.MaxModelLen = None,
+    trace: opt.Trace = None,
+    metrics_port: opt.MetricsPort = None,
+    metrics_host: opt.MetricsHost = "127.0.0.1",
     debug: opt.Debug = False,
 ) -> None:
     """Run every row of a job file; each becomes one line of the output or of the error file.
@@ -65,6 +70,7 @@ def run(
             "transition": transition,
             "overlap": not sync_loop,
             "threads_per_rank": threads_per_rank,
+            "trace": trace,
         }
     job = JobOptions(
         input=input,
@@ -74,7 +80,7 @@ def run(
         served_model_name=served_model_name,
         limit=limit,
     )
-    raise typer.Exit(_run(job, engine_options, debug=debug))
+    raise typer.Exit(_run(job, engine_options, (metrics_host, metrics_port), debug=debug))
 
 
 def open_engine(model: str, options: dict[str, Any]) -> AbstractContextManager[JobEngine]:
@@ -94,8 +100,11 @@ def _size(option: str, text: str | None) -> int | None:
         raise ConfigError(f"{option}: {error}") from error
 
 
-def _run(job: JobOptions, engine_options: dict[str, Any], *, debug: bool) -> int:
-    """Run the job and print its summary; returns the exit code."""
+def _run(
+    job: JobOptions, engine_options: dict[str, Any], metrics_at: tuple[str, int | None], *, debug: bool
+) -> int:
+    """Run the job and print its summary; returns the exit code. Metrics are served at (host, port)."""
+    from seesaw.cli.observe import metrics_server, watching
     from seesaw.cli.progress import showing
     from seesaw.jobs.runner import check_files, run_job
     from seesaw.jobs.writer import part_path
@@ -104,21 +113,26 @@ def _run(job: JobOptions, engine_options: dict[str, Any], *, debug: bool) -> int
         check_files(job)
         if engine_options["plan"] != "auto":
             Plan.parse(engine_options["plan"])
-        with open_engine(job.model, engine_options) as engine:
+        if engine_options["trace"] is not None:
+            check_trace(engine_options["trace"])
+        with metrics_server(*metrics_at) as metrics, open_engine(job.model, engine_options) as engine:
             command.started = True
             command.hint = f"what was answered so far is in {part_path(job.output_path)}"
-            with showing() as show:
-                summary = run_job(engine, job, on_progress=show)
-            _print_summary(summary)
+            with showing() as show, watching(engine, job, engine_options, metrics) as watch:
+                summary = run_job(engine, job, on_progress=watch.noting(show))
+                watch.ended(summary)
+            _print_summary(summary, record=watch.directory)
     return summary.exit_code
 
 
-def _print_summary(summary: JobSummary) -> None:
+def _print_summary(summary: JobSummary, *, record: Path | None) -> None:
     from seesaw.report.summary import format_summary
 
     files = [("output", summary.output)]
     if summary.errors is not None:
         files.append(("errors", summary.errors))
+    if record is not None:
+        files.append(("run record", record))
     typer.echo(
         format_summary(
             summary.stats,

@@ -17,6 +17,8 @@ class TransitionRecord:
     mode: str
     copied_bytes: int = 0
     moving_seconds: float = 0.0
+    at: float = 0.0
+    """Seconds from the engine's start to its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,12 @@ class EngineStats:
     """Forwards completed, likewise."""
     phase_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens fed to these Forwards."""
+    phase_sampled: dict[str, int] = field(default_factory=dict)
+    """Tokens sampled by them."""
+    phase_keys: dict[str, int] = field(default_factory=dict)
+    """(query, key) pairs of their attention, in one layer that sees all tokens before."""
+    wall_seconds: dict[str, float] = field(default_factory=dict)
+    """All time while requests were served, by what the ranks were doing."""
     start_seconds: float = 0.0
     """From asking for the engine until its ranks were ready."""
     transitions: tuple[TransitionRecord, ...]
@@ -56,3 +64,9 @@ class EngineStats:
     device_memory_budget_bytes: int
     host_kv_peak_bytes: int
     host_kv_budget_bytes: int
+    host_kv_used_bytes: int = 0
+    """Of the host buffer, at present."""
+    device_kv_used_bytes: int = 0
+    """Of the ranks' KV pools together, at present."""
+    device_kv_pool_bytes: int = 0
+    """Size of these pools under the present layout."""

@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -26,10 +26,12 @@ from seesaw.core.actions import (
     SwapOut,
     TransitionDone,
 )
+from seesaw.core.events import Event
 from seesaw.core.errors import EngineError, StartupError, WorkerError
 from seesaw.execution.fork_server import fork_server
 from seesaw.execution.messages import (
     CopiesAck,
+    Events,
     Failed,
     FromWorker,
     Ready,
@@ -41,6 +43,8 @@ from seesaw.execution.messages import (
 from seesaw.weights.sharding import Sharding
 
 logger = logging.getLogger(__name__)
+
+OnEvents = Callable[[list[Event]], None]
 
 
 @dataclass(slots=True)
@@ -73,8 +77,11 @@ class LocalExecutor:
     they are up; the kernel frees the rest with the processes.
     """
 
-    def __init__(self, configs: list[WorkerConfig], shardings: list[Sharding]) -> None:
-        self._configs, self._shardings = configs, shardings
+    def __init__(
+        self, configs: list[WorkerConfig], shardings: list[Sharding], on_events: OnEvents | None = None
+    ) -> None:
+        """`on_events` takes what ranks tell of their doings; it is called while the executor waits or closes."""
+        self._configs, self._shardings, self._on_events = configs, shardings, on_events
         self._current = 0
         self._pending: dict[int, _Pending] = {}
         self._forwards_out = 0
@@ -137,6 +144,7 @@ class LocalExecutor:
         ):
             self._send(range(len(self._ranks)), Shutdown())
             self._await_exit(5.0)
+            self._hear_out()
         for rank in self._ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGKILL)
@@ -218,8 +226,17 @@ class LocalExecutor:
         messages = []
         with contextlib.suppress(zmq.Again):
             while True:
-                messages.append(self._decoder.decode(self._outbox.recv(zmq.NOBLOCK)))
+                message = self._decoder.decode(self._outbox.recv(zmq.NOBLOCK))
+                if not isinstance(message, Events):
+                    messages.append(message)
+                elif self._on_events is not None:
+                    self._on_events(message.events)
         return messages
+
+    def _hear_out(self) -> None:
+        """Take in the last events of ranks that have ended."""
+        while self._on_events is not None and self._outbox.poll(20):
+            self._drain()
 
     def _check_alive(self, events: dict[object, int], spoken: set[int]) -> None:
         """Raise if a rank has ended; those in `spoken` have said why."""

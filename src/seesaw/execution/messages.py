@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from seesaw.core.actions import Forward, ForwardDone, SwapIn, SwapOut, Transition
+from seesaw.core.events import Event
 from seesaw.core.model_spec import ModelSpec
 from seesaw.core.node import Place
 
@@ -54,6 +55,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention: str | None
     profile: str
     """Folder to which the rank writes where its time went; empty for none."""
+    trace: bool
+    """Whether the rank reports `Events`."""
     start_timeout: float
     """Seconds to wait for the other ranks."""
 
@@ -97,6 +100,12 @@ class TransitionAck(msgspec.Struct, array_like=True, frozen=True, tag=True):
     ended: float
 
 
+class Events(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """What a rank did since it last said so, if a trace is written; in no order."""
+
+    events: list[Event]
+
+
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """A worker raised while doing `phase`, and has ended."""
 
@@ -106,4 +115,4 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
     details: str
 
 
-FromWorker = Ready | ForwardDone | CopiesAck | TransitionAck | Failed
+FromWorker = Ready | ForwardDone | CopiesAck | TransitionAck | Events | Failed
