@@ -341,6 +341,7 @@ class Engine:
             steps=dict(meter.steps),
             phase_tokens=dict(meter.tokens),
             phase_sampled=dict(meter.sampled),
+            phase_stepped=dict(meter.stepped),
             phase_keys=dict(meter.keys),
             wall_seconds=dict(meter.wall_seconds),
             start_seconds=self._start_seconds,

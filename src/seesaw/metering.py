@@ -5,11 +5,24 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from seesaw.core.actions import Action, Completion, CopiesDone, Forward, ForwardDone, SwapIn, Transition
 from seesaw.core.stats import TransitionRecord
 from seesaw.recording.bounded import History, Lengths, Phases
 from seesaw.recording.tracing import EngineTrace
+
+
+class _Forward(NamedTuple):
+    """A Forward in flight, as it will be counted."""
+
+    label: str
+    tokens: int
+    sampled: int
+    stepped: int
+    """Tokens of decode steps."""
+    keys: int
+    """(query, key) pairs of its attention."""
 
 
 @dataclass(slots=True)
@@ -43,6 +56,8 @@ class Meter:
     """Tokens fed to Forwards completed."""
     sampled: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """Tokens sampled by them."""
+    stepped: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Tokens fed to them in decode steps."""
     keys: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """(query, key) pairs of their attention, in one layer without a window."""
     wall_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -53,8 +68,8 @@ class Meter:
     transitions: list[TransitionRecord] = field(default_factory=list)
     swapped_out_bytes: int = 0
     swapped_in_bytes: int = 0
-    _forwards: dict[int, tuple[str, int, int, int]] = field(default_factory=dict)
-    """Forwards in flight: label, tokens fed, tokens sampled, pairs of their attention."""
+    _forwards: dict[int, _Forward] = field(default_factory=dict)
+    """Forwards in flight."""
     _changes: dict[int, int] = field(default_factory=dict)
     """Transitions in flight: the phase they lead to."""
     _swap_ins: set[int] = field(default_factory=set)
@@ -77,8 +92,7 @@ class Meter:
     def submitted(self, action: Action) -> None:
         """Note an action that goes to the ranks."""
         if isinstance(action, Forward):
-            label, tokens = self._label(action), sum(action.counts)
-            self._forwards[action.id] = (label, tokens, len(action.sampled), _keys(action))
+            self._forwards[action.id] = _Forward(self._label(action), *_work(action))
         elif isinstance(action, Transition):
             self._changes[action.id] = action.target
         elif isinstance(action, SwapIn):
@@ -91,7 +105,7 @@ class Meter:
         now = time.monotonic()
         found = next((c for c in completions if not isinstance(c, CopiesDone)), None)
         if isinstance(found, ForwardDone):
-            self._turn(self._forwards[found.id][0])
+            self._turn(self._forwards[found.id].label)
         elif found is not None:
             self._turn("transition")
         self._book(now)
@@ -160,11 +174,13 @@ class Meter:
     def _completed(self, completion: Completion) -> None:
         match completion:
             case ForwardDone():
-                label, tokens, sampled, keys = self._forwards.pop(completion.id)
+                done = self._forwards.pop(completion.id)
+                label = done.label
                 self.steps[label] += 1
-                self.tokens[label] += tokens
-                self.sampled[label] += sampled
-                self.keys[label] += keys
+                self.tokens[label] += done.tokens
+                self.sampled[label] += done.sampled
+                self.stepped[label] += done.stepped
+                self.keys[label] += done.keys
                 self.rank_host_seconds[label] += completion.host_seconds
             case CopiesDone() if completion.id in self._swap_ins:
                 self._swap_ins.discard(completion.id)
@@ -186,11 +202,13 @@ class Meter:
                 )
 
 
-def _keys(action: Forward) -> int:
-    """(query, key) pairs of a batch's attention in one layer: a token sees those before it, and itself."""
+def _work(action: Forward) -> tuple[int, int, int, int]:
+    """What a Forward does: the figures of `_Forward`, but for its label."""
+    items = len(action.counts)
     if action.decodes:
-        return sum(action.starts) + len(action.starts)
-    return sum(
-        count * start + count * (count + 1) // 2
-        for start, count in zip(action.starts, action.counts, strict=True)
-    )
+        return items, len(action.sampled), items, sum(action.starts) + items
+    stepped = keys = 0
+    for start, count in zip(action.starts, action.counts, strict=True):
+        stepped += start > 0 and count == 1
+        keys += count * start + count * (count + 1) // 2  # a token sees those before it, and itself
+    return sum(action.counts), len(action.sampled), stepped, keys

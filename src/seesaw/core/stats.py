@@ -48,6 +48,8 @@ class EngineStats:
     """Tokens fed to these Forwards."""
     phase_sampled: dict[str, int] = field(default_factory=dict)
     """Tokens sampled by them."""
+    phase_stepped: dict[str, int] = field(default_factory=dict)
+    """Of the tokens fed, those of decode steps; the others are prompts."""
     phase_keys: dict[str, int] = field(default_factory=dict)
     """(query, key) pairs of their attention, in one layer that sees all tokens before."""
     wall_seconds: dict[str, float] = field(default_factory=dict)
@@ -70,3 +72,13 @@ class EngineStats:
     """Of the ranks' KV pools together, at present."""
     device_kv_pool_bytes: int = 0
     """Size of these pools under the present layout."""
+
+    @property
+    def prompt_tokens_fed(self) -> int:
+        """Prompt tokens computed so far; `prompt_tokens` are those of requests that ended."""
+        return sum(self.phase_tokens.values()) - sum(self.phase_stepped.values())
+
+    @property
+    def tokens_sampled(self) -> int:
+        """Tokens generated so far; `output_tokens` are those of requests that ended."""
+        return sum(self.phase_sampled.values())

@@ -26,8 +26,8 @@ from seesaw.core.actions import (
     SwapOut,
     TransitionDone,
 )
-from seesaw.core.events import Event
 from seesaw.core.errors import EngineError, StartupError, WorkerError
+from seesaw.core.events import Event
 from seesaw.execution.fork_server import fork_server
 from seesaw.execution.messages import (
     CopiesAck,
@@ -223,7 +223,7 @@ class LocalExecutor:
         return messages
 
     def _drain(self) -> list[FromWorker]:
-        messages = []
+        messages: list[FromWorker] = []
         with contextlib.suppress(zmq.Again):
             while True:
                 message = self._decoder.decode(self._outbox.recv(zmq.NOBLOCK))

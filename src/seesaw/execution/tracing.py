@@ -1,4 +1,4 @@
-"""What a rank tells of its own doings while a trace is written: one event for each Forward, copy, transition and wait.
+"""What a rank tells of its doings while a trace is written: an event for each Forward, copy, transition and wait.
 
 Events are gathered and sent to the control process in batches, beside what the rank reports anyway.
 """

@@ -83,7 +83,7 @@ class Thinned(Generic[_T]):
 class Lengths:
     """How long prompts and outputs of sequences that ended were."""
 
-    def __init__(self, sample: int = 1024) -> None:
+    def __init__(self, sample: int = 4096) -> None:
         self.prompts: dict[int, int] = {}
         """Sequences by the least length of their bucket (`bucket`)."""
         self.outputs: dict[int, int] = {}
@@ -111,17 +111,14 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences that ended, by the length of their prompts: keys are the least lengths of buckets."""
     outputs: dict[int, int] = {}
     sample: list[tuple[int, int]] = []
-    """(prompt tokens, output tokens) of at most 1,024 of them, drawn by chance."""
+    """(prompt tokens, output tokens) of at most 4,096 of them, drawn by chance."""
 
 
 def bucket(length: int) -> int:
-    """The least length in the bucket of `length`: exact up to 16, then eight buckets for each doubling."""
-    if length < 16:
-        return length
-    step = 1 << (length.bit_length() - 4)
-    return length // step * step
+    """The least length in the bucket of `length`: exact below 32, then sixteen buckets for each doubling."""
+    return length // bucket_width(length) * bucket_width(length)
 
 
-def bucket_end(least: int) -> int:
-    """The least length of the next bucket."""
-    return least + 1 if least < 16 else least + (1 << (least.bit_length() - 4))
+def bucket_width(length: int) -> int:
+    """How many lengths share the bucket of `length`."""
+    return 1 << max(length.bit_length() - 5, 0)

@@ -35,7 +35,6 @@ def new_run(command: dict[str, Any]) -> Run:
 def describe(deployment: Deployment) -> RunSetup:
     """What runs."""
     scheduler, memory, measured = deployment.scheduler, deployment.memory, deployment.measured
-    unknown = isinstance(measured, str)
     return RunSetup(
         model=Path(deployment.options.model).resolve().name,
         spec=deployment.spec,
@@ -54,5 +53,5 @@ def describe(deployment: Deployment) -> RunSetup:
         transition=memory.mode,
         overlap=scheduler.overlap,
         hardware=None if isinstance(measured, str) else measured,
-        no_hardware=measured if unknown else "",
+        no_hardware=measured if isinstance(measured, str) else "",
     )

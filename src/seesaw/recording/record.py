@@ -27,7 +27,7 @@ _COMPRESSED = (".gz", ".zst")
 
 
 class Sample(msgspec.Struct, array_like=True, frozen=True):
-    """Where the engine stood at one moment. Counts are since the engine started."""
+    """Where the engine stood at one moment. Counts are since the engine started, tokens those computed so far."""
 
     at: float
     """Seconds since the engine started."""

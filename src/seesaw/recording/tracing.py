@@ -68,13 +68,14 @@ class EngineTrace:
         stats = self.stats()
         before, prompt, output = self._last
         seconds = max(now - before, 1e-9)
-        self._last = now, stats.prompt_tokens, stats.output_tokens
+        fed, sampled = stats.prompt_tokens_fed, stats.tokens_sampled
+        self._last = now, fed, sampled
         self._writer.counters(
             {
                 "host buffer (MiB)": stats.host_kv_used_bytes / 2**20,
                 "device KV (MiB)": stats.device_kv_used_bytes / 2**20,
                 "running sequences": stats.requests_running,
-                "prompt tokens/s": (stats.prompt_tokens - prompt) / seconds,
-                "output tokens/s": (stats.output_tokens - output) / seconds,
+                "prompt tokens/s": (fed - prompt) / seconds,
+                "output tokens/s": (sampled - output) / seconds,
             }
         )

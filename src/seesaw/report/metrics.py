@@ -60,7 +60,7 @@ class _Collector:
         if self.sources is None:
             yield _gauge("phase", "What the ranks are doing", _one_hot("starting"), label="phase")
             return
-        stats, counts = (source() for source in self.sources)
+        stats, counts = self.sources[0](), self.sources[1]()
         yield from _rows(stats, counts)
         yield from _work(stats)
         yield from _memory(stats)
@@ -73,8 +73,8 @@ def _rows(stats: Any, counts: Counts) -> Iterator[Metric]:
         yield _gauge("input_rows", "Rows of the job's input", counts.total)
     requests = {"waiting": stats.requests_waiting, "running": stats.requests_running}
     yield _gauge("sequences", "Sequences that the engine has, by state", requests, label="state")
-    yield _counter("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens)
-    yield _counter("output_tokens", "Tokens generated", stats.output_tokens)
+    yield _counter("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens_fed)
+    yield _counter("output_tokens", "Tokens generated", stats.tokens_sampled)
 
 
 def _work(stats: Any) -> Iterator[Metric]:
