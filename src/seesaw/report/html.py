@@ -128,6 +128,10 @@ dd {{ margin: 0; overflow-wrap: anywhere; white-space: pre-line; }}
 .tiles div {{ background: #f5f6f8; border-radius: 6px; padding: 10px 14px; }}
 .tiles strong {{ display: block; font-size: 22px; line-height: 1.3; font-weight: 600; white-space: nowrap; }}
 .tiles span {{ color: #566370; font-size: 13px; }}
+@media (max-width: 880px) {{
+  main {{ padding: 24px 24px 40px; }}
+  .tiles {{ grid-template-columns: repeat(3, 1fr); }}
+}}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 14px; margin: 8px 0; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 5px 18px 5px 0; border-bottom: 1px solid #e6e9ed; text-align: right; }}

@@ -29,6 +29,8 @@ _BUFFER, _POOL = "#9d6ba6", "#566370"
 _PROMPT, _OUTPUT = "#3a9188", "#2f6690"
 _BINS = 160
 """Points of a rate over time."""
+_ALIKE = 8
+"""Lengths are alike if the longest is at most so many times the median."""
 _NAMED = 14
 """Most bars that have their figure on them."""
 NAMES = {"mixed": "both at once"}
@@ -407,14 +409,12 @@ def length_figure(view: JobView) -> Figure | None:
     return {"data": data, "layout": layout}
 
 
-def length_bins(counts: Mapping[int, int], most: int = 40) -> list[tuple[int, int, int]]:
+def length_bins(counts: Mapping[int, int]) -> list[tuple[int, int, int]]:
     """(least length, least length of the next bin, sequences) without gaps: equal bins where lengths are alike, bins
     that double in width every few where they are not."""
     low, high = min(counts), max(counts) + bucket_width(max(counts))
-    step = bucket_width(high - 1)
-    if (high - low) // step > 4 and _share_below(counts, low + 4 * step) < 0.5:
-        while (high - low) / step > most:
-            step *= 2
+    if high <= _ALIKE * _median(counts):
+        step = bucket_width(high - 1)
         edges = list(range(low // step * step, high + step, step))
     else:
         edges = _growing(low, high)
@@ -424,8 +424,13 @@ def length_bins(counts: Mapping[int, int], most: int = 40) -> list[tuple[int, in
     return [(a, b, count) for a, b, count in bins]
 
 
-def _share_below(counts: Mapping[int, int], length: int) -> float:
-    return sum(count for least, count in counts.items() if least < length) / sum(counts.values())
+def _median(counts: Mapping[int, int]) -> int:
+    half, below = sum(counts.values()) / 2, 0
+    for least in sorted(counts):
+        below += counts[least]
+        if below >= half:
+            return max(least, 1)
+    return 1
 
 
 def _growing(low: int, high: int) -> list[int]:

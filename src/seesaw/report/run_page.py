@@ -105,8 +105,7 @@ def _tiles(view: JobView) -> list[tuple[str, str]]:
         (_rate(view.output_tokens / seconds), "output tokens/s"),
     ]
     if view.transition_count:
-        share = view.total("wall_seconds").get("transition", 0.0) / seconds
-        shown.append((f"{view.transition_count:,}", f"transitions, {share:.1%} of the time"))
+        shown.append((f"{view.transition_count:,}", "transitions"))
     return shown
 
 
@@ -206,8 +205,8 @@ def _why(view: JobView) -> str:
 
 def _time_caption(view: JobView) -> str:
     text = (
-        "What the control process waited for: the ranks computing (waits for each other included), the ranks choosing "
-        "tokens and preparing batches, its own scheduling, and the job's files with the tokeniser."
+        "What the control process waited for: the ranks computing (waits for each other included), choosing tokens "
+        "and preparing batches, its own scheduling, and the job's files with the tokeniser."
     )
     if view.outside > 0.01 * view.seconds:
         text += f" Beside this, {time_text(view.outside)} went to getting started and finishing."
@@ -218,7 +217,8 @@ def _transition_caption(view: JobView) -> str:
     moved = sum(run.transition_bytes for run in view.runs)
     seconds = view.total("wall_seconds").get("transition", 0.0)
     copied = sum(one.copied_bytes for _, one in view.transitions)
-    text = f"{format_bytes(moved)} of weights came from the host, {time_text(seconds)} in all"
+    share = f"{seconds / view.seconds:.1%} of the job"
+    text = f"{format_bytes(moved)} of weights came from the host, in {time_text(seconds)} ({share})"
     if copied:
         text += f"; {format_bytes(copied)} changed places on the devices"
     if not moved:
@@ -253,15 +253,15 @@ def _expected(view: JobView, prediction: Prediction | str) -> str:
     rows.append(_compared("in all", prediction.seconds, view.last.elapsed_seconds))
     sample = prediction.replayed < prediction.sequences
     text = (
-        f"The twin replayed {prediction.replayed:,}{f' of {prediction.sequences:,}' if sample else ''} sequences with "
-        "the lengths that they turned out to have, on ranks as the profile has them. It knows of no control process "
-        "and no files. Times by phase are waits for the ranks."
+        f"The twin replayed {prediction.replayed:,}{f' of {prediction.sequences:,}' if sample else ''} sequences "
+        "with the lengths that they turned out to have, on ranks as the profile has them. It knows of no control "
+        "process and no files. Times by phase are waits for the ranks."
     )
     return section(title, text, table(["", "predicted", "measured", "measured ÷ predicted"], rows))
 
 
 def _compared(name: str, predicted: float, measured: float) -> list[str]:
-    ratio = f"{measured / predicted:.2f}" if predicted else "–"
+    ratio = "–" if not predicted else f"{measured / predicted:.{0 if measured > 10 * predicted else 2}f}"
     return [name, time_text(predicted), time_text(measured), ratio]
 
 
