@@ -343,6 +343,7 @@ class Engine:
             phase_sampled=dict(meter.sampled),
             phase_stepped=dict(meter.stepped),
             phase_keys=dict(meter.keys),
+            phase_keys_read=dict(meter.keys_read),
             wall_seconds=dict(meter.wall_seconds),
             start_seconds=self._start_seconds,
             transitions=tuple(meter.transitions),

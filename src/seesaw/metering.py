@@ -23,6 +23,8 @@ class _Forward(NamedTuple):
     """Tokens of decode steps."""
     keys: int
     """(query, key) pairs of its attention."""
+    keys_read: int
+    """Of these, those of decode steps."""
 
 
 @dataclass(slots=True)
@@ -60,6 +62,8 @@ class Meter:
     """Tokens fed to them in decode steps."""
     keys: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """(query, key) pairs of their attention, in one layer without a window."""
+    keys_read: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Of these pairs, those of decode steps."""
     wall_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """All time between `begin` and `rest`."""
     phases: Phases = field(default_factory=Phases)
@@ -181,6 +185,7 @@ class Meter:
                 self.sampled[label] += done.sampled
                 self.stepped[label] += done.stepped
                 self.keys[label] += done.keys
+                self.keys_read[label] += done.keys_read
                 self.rank_host_seconds[label] += completion.host_seconds
             case CopiesDone() if completion.id in self._swap_ins:
                 self._swap_ins.discard(completion.id)
@@ -202,13 +207,16 @@ class Meter:
                 )
 
 
-def _work(action: Forward) -> tuple[int, int, int, int]:
-    """What a Forward does: the figures of `_Forward`, but for its label."""
+def _work(action: Forward) -> tuple[int, int, int, int, int]:
+    """What a Forward does: the figures of `_Forward`, but for its label. A token sees those before it, and itself."""
     items = len(action.counts)
     if action.decodes:
-        return items, len(action.sampled), items, sum(action.starts) + items
-    stepped = keys = 0
+        keys = sum(action.starts) + items
+        return items, len(action.sampled), items, keys, keys
+    stepped = keys = read = 0
     for start, count in zip(action.starts, action.counts, strict=True):
-        stepped += start > 0 and count == 1
-        keys += count * start + count * (count + 1) // 2  # a token sees those before it, and itself
-    return sum(action.counts), len(action.sampled), stepped, keys
+        if start > 0 and count == 1:
+            stepped += 1
+            read += start + 1
+        keys += count * start + count * (count + 1) // 2
+    return sum(action.counts), len(action.sampled), stepped, keys, read

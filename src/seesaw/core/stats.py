@@ -52,6 +52,8 @@ class EngineStats:
     """Of the tokens fed, those of decode steps; the others are prompts."""
     phase_keys: dict[str, int] = field(default_factory=dict)
     """(query, key) pairs of their attention, in one layer that sees all tokens before."""
+    phase_keys_read: dict[str, int] = field(default_factory=dict)
+    """Of these pairs, those of decode steps, which read each key from memory."""
     wall_seconds: dict[str, float] = field(default_factory=dict)
     """All time while requests were served, by what the ranks were doing."""
     start_seconds: float = 0.0

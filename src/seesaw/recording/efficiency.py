@@ -7,7 +7,7 @@ matrices, v those of K and V among them, h of the LM head, b bytes of an element
     bytes  = b (l m + h) Forwards + 2 b l kv_heads head_dim pairs of decode steps
 
 The last layer runs on sampled tokens only, but for K and V. A Forward reads all weights once, spread over the ranks
-of its replica; K and V of a prompt are taken to stay in caches. Activations are left out, so the node did at least
+of its replica; K and V of a chunk are taken to stay in caches. Activations are left out, so the node did at least
 this.
 """
 
@@ -68,15 +68,14 @@ def _flops(spec: ModelSpec, total: Total, phase: str) -> float:
 
 def _bytes(spec: ModelSpec, dtype: str, total: Total, phase: str) -> float:
     weights = spec.layers * _layer(spec) + spec.hidden * spec.vocab
-    moved = float(weights * total("steps")[phase])
-    if phase == "decode":
-        moved += 2.0 * spec.kv_heads * spec.head_dim * _pairs(spec, total, phase)
-    return moved * DTYPE_BYTES[dtype]
+    read = _pairs(spec, total, phase, "phase_keys_read")
+    elements = weights * total("steps")[phase] + 2.0 * spec.kv_heads * spec.head_dim * read
+    return elements * DTYPE_BYTES[dtype]
 
 
-def _pairs(spec: ModelSpec, total: Total, phase: str) -> float:
+def _pairs(spec: ModelSpec, total: Total, phase: str, field: str = "phase_keys") -> float:
     """Over all layers. A token sees at most the window of its layer; where contexts differ this counts too many."""
-    pairs, fed = float(total("phase_keys").get(phase, 0)), total("phase_tokens").get(phase, 0)
+    pairs, fed = float(total(field).get(phase, 0)), total("phase_tokens").get(phase, 0)
     windows = [spec.window(layer) for layer in range(spec.layers)]
     return sum(pairs if window is None else min(pairs, float(fed * window)) for window in windows)
 
