@@ -9,7 +9,7 @@ from pathlib import Path
 from seesaw.core.units import format_bytes
 from seesaw.recording.efficiency import PhaseUse, phase_use
 from seesaw.recording.prediction import Prediction
-from seesaw.recording.record import Record, Run
+from seesaw.recording.record import Record, Run, RunSetup
 from seesaw.report.causes import time_text
 from seesaw.report.html import Figure, definitions, document, figure_place, section, table, tiles
 from seesaw.report.run_figures import (
@@ -24,7 +24,6 @@ from seesaw.report.run_figures import (
     use_figure,
 )
 from seesaw.report.run_view import RUNNING, JobView
-from seesaw.report.summary import format_seconds
 
 _PROFILE = "A profile of the machine (seesaw profile), made before a run, adds this"
 _DOING = {
@@ -59,7 +58,8 @@ def answer(view: JobView) -> str:
             if view.last.state != "finished"
             else "The job was empty."
         )
-    text = f"{rows:,} rows in {format_seconds(view.seconds)}: {_rate(rows / view.seconds)} rows/s"
+    failed = "" if not view.failed else ", all failed" if not view.answered else f", {view.failed:,} failed"
+    text = f"{rows:,} rows{failed} in {time_text(view.seconds)}: {_rate(rows / view.seconds)} rows/s"
     if view.prompt_tokens:
         tokens = view.prompt_tokens + view.output_tokens
         text += f", {_rate(tokens / view.seconds)} tokens/s"
@@ -91,19 +91,24 @@ def _state(view: JobView) -> str:
 def _title(run: Run) -> str:
     inputs = run.command.get("input") or ["?"]
     name = Path(inputs[0]).name + (f" and {len(inputs) - 1} more" if len(inputs) > 1 else "")
-    return f"{name} through {run.command.get('model', '?')}"
+    model = Path(run.command.get("model", "?"))
+    return f"{name} through {'/'.join(model.parts[-2:]) if model.is_absolute() else model}"
 
 
 def _tiles(view: JobView) -> list[tuple[str, str]]:
     seconds = view.seconds
-    failed = f"rows answered, {view.failed:,} failed" if view.failed else "rows answered"
-    shown = [
-        (f"{view.answered:,}", failed),
-        (format_seconds(seconds), "time" if len(view.runs) == 1 else f"time in {len(view.runs)} sittings"),
+    shown = [(f"{view.answered:,}", "rows answered")]
+    if view.failed:
+        shown.append((f"{view.failed:,}", "rows failed"))
+    shown += [
+        (time_text(seconds), "time" if len(view.runs) == 1 else f"time, {len(view.runs)} sittings"),
         (_rate((view.answered + view.failed) / seconds), "rows/s"),
-        (_rate(view.prompt_tokens / seconds), "prompt tokens/s"),
-        (_rate(view.output_tokens / seconds), "output tokens/s"),
     ]
+    if view.prompt_tokens:
+        shown += [
+            (_rate(view.prompt_tokens / seconds), "prompt tokens/s"),
+            (_rate(view.output_tokens / seconds), "output tokens/s"),
+        ]
     if view.transition_count:
         shown.append((f"{view.transition_count:,}", "transitions"))
     return shown
@@ -115,6 +120,7 @@ def _about(view: JobView) -> Iterable[tuple[str, str]]:
     yield "when", f"{_moment(first.started)} to {_moment(run.written)} on {run.machine}"
     if view.plans:
         yield "plan", ", then ".join(view.plans)
+    yield "model", str(run.command.get("model", "?")) + (f": {_shape(setup)}" if setup is not None else "")
     if setup is not None:
         mode = f"; transitions: {setup.transition}" if "->" in setup.plan else ""
         yield (
@@ -138,6 +144,12 @@ def _about(view: JobView) -> Iterable[tuple[str, str]]:
     yield "versions", f"seesaw {run.seesaw}, {versions}"
     if len(view.runs) > 1:
         yield "sittings", "\n".join(_sitting(number, run) for number, run in enumerate(view.runs, start=1))
+
+
+def _shape(setup: RunSetup) -> str:
+    spec = setup.spec
+    heads = f"{spec.heads} heads ({spec.kv_heads} of KV) of {spec.head_dim}"
+    return f"{spec.family}, {spec.layers} layers of width {spec.hidden:,}, {heads}"
 
 
 def _sitting(number: int, run: Run) -> str:
