@@ -215,7 +215,7 @@ def _work(action: Forward) -> tuple[int, int, int, int, int]:
         return items, len(action.sampled), items, keys, keys
     stepped = keys = read = 0
     for start, count in zip(action.starts, action.counts, strict=True):
-        if start > 0 and count == 1:
+        if start > 0 and count == 1 and not action.write_through:  # only prefill is written through
             stepped += 1
             read += start + 1
         keys += count * start + count * (count + 1) // 2

@@ -121,7 +121,7 @@ def kind(forward: Forward) -> str:
     """`prefill`, `decode`, or `mixed` where a batch holds both."""
     if forward.decodes:
         return "decode"
-    steps = sum(
-        1 for start, count in zip(forward.starts, forward.counts, strict=True) if start and count == 1
-    )
+    if forward.write_through:
+        return "prefill"
+    steps = any(start and count == 1 for start, count in zip(forward.starts, forward.counts, strict=True))
     return "mixed" if steps else "prefill"
