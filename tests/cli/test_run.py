@@ -71,6 +71,7 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
         "--transition delta --seed 5 --limit 1 --threads-per-rank 2 --sync-loop --served-model-name name"
     ).split()
     files = ["--output", str(tmp_path / "o.jsonl"), "--errors", str(tmp_path / "e.jsonl")]
+    files += ["--trace", str(tmp_path / "t.json")]
     assert invoke(*options, *files).exit_code == 0
     assert opened(engine) == {
         "model": "m",
@@ -89,6 +90,7 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
         "transition": "delta",
         "overlap": False,
         "threads_per_rank": 2,
+        "trace": str(tmp_path / "t.json"),
     }
     (answer,) = read(tmp_path / "o.jsonl")
     assert answer["response"]["body"]["model"] == "name"
@@ -105,6 +107,7 @@ def test_options_are_those_of_the_engine() -> None:
     shared = set(ours) & set(theirs)
     assert shared == set(ours) - {
         *("input", "output", "errors", "limit", "served_model_name", "sync_loop", "debug"),
+        *("metrics_port", "metrics_host"),
     }
     assert {n: ours[n].default for n in shared - {"model"}} == {
         n: theirs[n].default for n in shared - {"model"}

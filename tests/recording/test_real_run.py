@@ -93,9 +93,7 @@ def test_every_forward_appears_once_on_each_rank(traced: Traced) -> None:
         assert sum(e["args"]["tokens"] for e in spans) == traced.stats.phase_tokens[phase]
 
 
-@pytest.mark.parametrize(
-    "row", ["rank 0", "rank 1", "rank 0 copies", "rank 1 copies", "scheduler", "phases"]
-)
+@pytest.mark.parametrize("row", ["rank 0", "rank 1", "rank 0 copies", "rank 1 copies", "scheduler", "phases"])
 def test_spans_of_a_row_follow_each_other_or_lie_within_each_other(row: str, traced: Traced) -> None:
     spans = sorted((e["ts"], -e["dur"], e["name"]) for e in traced.spans(row))
     open_until: list[float] = []

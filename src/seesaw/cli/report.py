@@ -10,8 +10,6 @@ import typer
 
 from seesaw.cli.failures import reported, set_up_logging
 from seesaw.core.errors import ConfigError
-from seesaw.recording.prediction import predict
-from seesaw.recording.record import load_record
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +32,8 @@ def report(
     """
     set_up_logging(debug=debug)
     with reported(debug=debug):
+        from seesaw.recording.prediction import predict
+        from seesaw.recording.record import load_record
         from seesaw.report.run_page import page
 
         record = load_record(directory)

@@ -13,7 +13,6 @@ from seesaw.cli.failures import reported, say, set_up_logging
 from seesaw.core.errors import ConfigError
 from seesaw.core.layout import Plan
 from seesaw.core.units import parse_bytes
-from seesaw.recording.trace import check_trace
 
 if TYPE_CHECKING:
     from seesaw.jobs.base import JobEngine, JobOptions, JobSummary
@@ -114,6 +113,8 @@ def _run(
         if engine_options["plan"] != "auto":
             Plan.parse(engine_options["plan"])
         if engine_options["trace"] is not None:
+            from seesaw.recording.trace import check_trace
+
             check_trace(engine_options["trace"])
         with metrics_server(*metrics_at) as metrics, open_engine(job.model, engine_options) as engine:
             command.started = True

@@ -110,7 +110,9 @@ def _tiles(view: JobView) -> list[tuple[str, str]]:
             (_rate(view.output_tokens / seconds), "output tokens/s"),
         ]
     if view.transition_count:
-        shown.append((f"{view.transition_count:,}", "transitions"))
+        shown.append(
+            (f"{view.transition_count:,}", "transition" if view.transition_count == 1 else "transitions")
+        )
     return shown
 
 
