@@ -87,3 +87,4 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Is a directory"):
         check_trace(tmp_path)
     check_trace(tmp_path / "t.json")
+    assert not list(tmp_path.iterdir())

@@ -31,10 +31,14 @@ _SECONDS = 1.0
 
 
 def check_trace(path: str | Path) -> None:
-    """Raise `ConfigError` if no trace can be written to `path`. Leaves an empty file where there was none."""
+    """Raise `ConfigError` if no trace can be written to `path`. Changes nothing on disk."""
+    target = Path(path)
+    there = target.exists()
     try:
-        with Path(path).open("ab"):
+        with target.open("ab"):
             pass
+        if not there:
+            target.unlink()
     except OSError as error:
         raise ConfigError(f"trace {path}: cannot be written: {error.strerror}; choose another file") from None
 

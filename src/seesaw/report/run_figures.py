@@ -61,7 +61,7 @@ class TimeAxis:
 
 def timeline_figure(view: JobView) -> Figure | None:
     """A strip of phases, and below it how full host buffer and device pools are."""
-    if not view.phases:
+    if not view.phases or not view.stats:
         return None
     time = TimeAxis(view.seconds)
     strip = [_phase_bars(view, time, phase) for phase in (*RUNNING, "idle")]
