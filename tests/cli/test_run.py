@@ -72,6 +72,7 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
         "--on-rank-loss stop"
     ).split()
     files = ["--output", str(tmp_path / "o.jsonl"), "--errors", str(tmp_path / "e.jsonl")]
+    files += ["--trace", str(tmp_path / "t.json")]
     assert invoke(*options, *files).exit_code == 0
     assert opened(engine) == {
         "model": "m",
@@ -92,6 +93,7 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
         "overlap": False,
         "threads_per_rank": 2,
         "preflight": "limits",
+        "trace": str(tmp_path / "t.json"),
     }
     (answer,) = read(tmp_path / "o.jsonl")
     assert answer["response"]["body"]["model"] == "name"
@@ -110,6 +112,7 @@ def test_options_are_those_of_the_engine() -> None:
         *("input", "output", "errors", "limit", "served_model_name", "sync_loop", "debug"),
         *("ordered", "retry_errors", "force"),
         *("prompt_column", "id_column", "keep_column"),
+        *("metrics_port", "metrics_host"),
     }
     same = shared - {"model", "preflight"}  # the command knows the job, by which it chooses what to check
     assert {n: ours[n].default for n in same} == {n: theirs[n].default for n in same}

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 _FILES, _MODEL, _MEMORY, _ENGINE = "Files", "Model", "Memory", "Engine"
+_WATCHING = "Watching"
 
 Input = Annotated[
     list[str],
@@ -199,6 +200,33 @@ MaxModelLen = Annotated[
     int | None,
     typer.Option(
         help="Most tokens of a sequence, prompt included.", min=1, metavar="N", rich_help_panel=_MEMORY
+    ),
+]
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        help="Write what every rank and the scheduler do to a Chrome trace, .json or .json.gz; "
+        "https://ui.perfetto.dev opens it.",
+        metavar="FILE",
+        rich_help_panel=_WATCHING,
+    ),
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        help="Serve Prometheus metrics on this port while the job runs.",
+        min=0,
+        max=65535,
+        metavar="N",
+        rich_help_panel=_WATCHING,
+    ),
+]
+MetricsHost = Annotated[
+    str,
+    typer.Option(
+        help="Address to serve them on; 0.0.0.0 for other machines as well.",
+        metavar="HOST",
+        rich_help_panel=_WATCHING,
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="All log messages, and tracebacks of errors.")]
