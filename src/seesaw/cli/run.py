@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from seesaw.cli import run_options as opt
-from seesaw.cli.failures import reported, say, set_up_logging
+from seesaw.cli.failures import FAILED, INTERRUPTED, reported, say, set_up_logging
 from seesaw.core.errors import ConfigError
 from seesaw.core.layout import Plan
 from seesaw.core.units import parse_bytes
@@ -123,7 +123,7 @@ def _run(options: JobOptions, engine_options: dict[str, Any], *, debug: bool) ->
             if job.complete:
                 return _say_complete(job)
             with open_engine(options.model, engine_options) as engine:
-                command.resumable = not options.streamed
+                command.failure = FAILED if options.streamed else INTERRUPTED
                 try:
                     with showing() as show:
                         summary = run_opened(engine, job, on_progress=show)
