@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from seesaw.cli import run_options as opt
-from seesaw.cli.failures import reported, say, set_up_logging
+from seesaw.cli.failures import FAILED, INTERRUPTED, reported, say, set_up_logging
 from seesaw.core.errors import ConfigError
 from seesaw.core.layout import Plan
 from seesaw.core.units import parse_bytes
@@ -164,7 +164,7 @@ def _run(
                 return _say_complete(job)
             engine_options["preflight"] = _check_before(job, engine_options)
             with metrics_server(*metrics_at) as metrics, open_engine(options.model, engine_options) as engine:
-                command.resumable = not options.streamed
+                command.failure = FAILED if options.streamed else INTERRUPTED
                 try:
                     with showing() as show, watching(engine, job, engine_options, metrics) as watch:
                         summary = run_opened(engine, job, on_progress=watch.noting(show))
