@@ -14,12 +14,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup  ## 2,000 orders through a tiny trained model under P2->T2, then the score
+demo: setup  ## 2,000 orders through a tiny trained model under P2->T2, the score, and the page of the run
 	mkdir -p out
 	$(BIN)/seesaw run --model examples/extract/model --input examples/extract/orders.jsonl \
 	  --output out/orders.jsonl --plan 'P2->T2' --ranks 2 --device cpu \
 	  --device-memory 12MiB --host-kv 40MiB --chunk 1024 --force
 	$(BIN)/python examples/extract/score.py out/orders.jsonl examples/extract/orders.expected.jsonl --minimum 0.98
+	$(BIN)/seesaw report out/orders.run
 
 test: setup  ## the suite without what is slow or needs a GPU
 	$(BIN)/python -m pytest

@@ -25,6 +25,7 @@ from seesaw.planning.setup import Limits, Setup, set_up
 from seesaw.planning.shapes import stored_as
 from seesaw.preflight.gate import Mode as PreflightMode
 from seesaw.preflight.system import available_memory
+from seesaw.recording.trace import check_trace
 from seesaw.scheduling.config import SchedulerConfig
 from seesaw.weights.sharding import Sharding, check_layout
 
@@ -76,6 +77,8 @@ class Options:
     """What is checked before ranks start: `off`, `limits` (memory), or `on` (that ranks can really talk, too)."""
     profile: str | None = None
     """A folder to which each rank writes where its time went, by phase and function (`rank0.json`, …)."""
+    trace: str | None = None
+    """A file for a Chrome trace of ranks and scheduler, which Perfetto opens; `.json` or `.json.gz`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +192,8 @@ def transition_mode(options: Options) -> TransitionMode | None:
 def _check_choices(options: Options) -> None:
     if options.profile is not None and not Path(options.profile).is_dir():
         raise ConfigError(f"profile {options.profile!r}: no such folder; make it first")
+    if options.trace is not None:
+        check_trace(options.trace)
     if options.device != "cpu":
         raise ConfigError(f"device {options.device!r}: this version runs on 'cpu' only")
     choices = {

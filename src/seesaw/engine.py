@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from seesaw.core.actions import ChosenToken
+from seesaw.core.actions import Action, ChosenToken
 from seesaw.core.errors import EngineError, RequestError, WorkerError
 from seesaw.core.request import CompletionOutput, Request, RequestOutput, TokenLogprob
 from seesaw.core.stats import EngineStats, RankLoss
 from seesaw.elastic import without
 from seesaw.execution.base import Executor
 from seesaw.metering import Meter
+from seesaw.recording.bounded import History
+from seesaw.recording.tracing import EngineTrace
 from seesaw.rows import Rows
 from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
@@ -53,10 +55,11 @@ class Engine:
         *,
         start: Callable[[Deployment], None] | None = None,
         auto: Auto | None = None,
+        trace: EngineTrace | None = None,
     ) -> None:
         """`start` ends the ranks that there are and starts those of a deployment, over the same host memory; without
         it the ranks are what they are. With `auto`, ranks are started when the first rows are known, and `deployment`
-        is a stand-in until then."""
+        is a stand-in until then. What the control process does is told to `trace` as well."""
         assert auto is None or start is not None
         self._deployment, self._executor, self._tokenizer = deployment, executor, tokenizer
         self._start, self._auto = start, auto
@@ -70,15 +73,19 @@ class Engine:
         self._eos = frozenset(deployment.spec.eos_token_ids) | frozenset(
             tokenizer.eos_token_ids if tokenizer is not None else ()
         )
-        self._meter = Meter(deployment.plan.separate, deployment.memory.mode, _layouts(deployment))
+        self._meter = Meter(deployment.plan.separate, deployment.memory.mode, _layouts(deployment), trace)
+        if trace is not None:
+            trace.stats = self.stats
         self._ended: list[Sequence] = []
         """Sequences that have ended and are still to be put into outputs."""
         self._done: list[RequestOutput] = []
         self._broken = False
         """Whether an exception left scheduler and ranks out of step."""
+        self._lost: WorkerError | None = None
+        """What went wrong while a run was given up."""
         self._failed = 0
         self._finished = 0
-        self._started = time.monotonic()
+        self._started = self._meter.started
         self._start_seconds = 0.0
         """From the first row until ranks that `auto` chose were ready."""
         self._change_seconds = 0.0
@@ -105,6 +112,8 @@ class Engine:
                 "the engine was stopped in the middle of a step and cannot go on; make a new one"
             )
         rows = Rows(requests)
+        if self._lost is not None:
+            self._recover(self._lost)
         if self._auto is not None:
             self._prepare(rows, self._auto)
         try:
@@ -119,13 +128,18 @@ class Engine:
                 self._take_in(rows)
                 self._withstand(self._await)
         except GeneratorExit:
-            self._broken = True  # unless it comes to rest
-            self._give_up()  # between two steps, so that the books and the ranks agree
+            self._broken = True  # unless the ranks come to rest
+            try:
+                self._give_up()  # between two steps, so that the books and the ranks agree
+            except WorkerError as error:
+                self._lost = error  # whoever gives up needs no ranks; the next run sees to it
             self._broken = False
             raise
         except BaseException:
             self._broken = True
             raise
+        finally:
+            self._meter.rest()
 
     def _withstand(self, step: Callable[[], None]) -> None:
         """Carry out half of a turn; if ranks are lost on the way, the others take over."""
@@ -185,13 +199,17 @@ class Engine:
         if self._auto is not None and self._auto.wants_another(self._scheduler):
             self._plan_again(rows, self._auto)
         actions = self._scheduler.schedule()
-        for action in actions:
-            self._meter.submitted(action)
-            self._executor.submit(action)
+        self._hand_over(actions)
         if not actions and not self._scheduler.in_flight:
             raise EngineError(
                 f"the scheduler stands still with {self._scheduler.unfinished} sequences unfinished; this is a bug"
             )
+        self._meter.scheduled()
+
+    def _hand_over(self, actions: list[Action]) -> None:
+        for action in actions:
+            self._meter.submitted(action)
+            self._executor.submit(action)
 
     def _await(self) -> None:
         """Wait for completions and take them in, unless nothing is to come."""
@@ -204,6 +222,7 @@ class Engine:
             for sequence in self._scheduler.complete(completion):
                 self._watch_text(sequence)
         self._ended += self._scheduler.take_finished()
+        self._meter.taken_in()
 
     def _watch_text(self, sequence: Sequence) -> None:
         """Feed the new token of a sequence with stop strings to its text; end it when one appears."""
@@ -217,6 +236,7 @@ class Engine:
                     sequence.finish_reason, sequence.stop_reason = "stop", stop
 
     def _finish(self, sequence: Sequence) -> None:
+        self._meter.finished(sequence.prompt_tokens, sequence.generated)
         job = self._jobs.pop(sequence.id)
         job.outputs.append(self._output(sequence))
         job.left -= 1
@@ -284,11 +304,9 @@ class Engine:
         for sequence in self._scheduler.live():
             self._scheduler.finish(sequence, "abort")
         self._scheduler.take_finished()
-        self._jobs.clear()
-        self._texts.clear()
-        self._withstand(self._rest)
-        self._ended.clear()
-        self._done.clear()
+        for left in (self._jobs, self._texts, self._ended, self._done):
+            left.clear()
+        self._rest()
 
     def _rest(self) -> None:
         """Wait until nothing is in flight."""
@@ -318,13 +336,11 @@ class Engine:
         began = time.monotonic()
         better = auto.again(self._deployment, self._scheduler, rows.left, self._change_seconds)
         if better is not None:
-            for action in self._scheduler.retire():
-                self._meter.submitted(action)
-                self._executor.submit(action)
+            self._hand_over(self._scheduler.retire())
             self._rest()
             resting = time.monotonic()
             self._change(better)
-            self._meter.seconds["transition"] += time.monotonic() - resting
+            self._meter.changed(resting)
         logger.debug("planning again took %.2f s", time.monotonic() - began)
 
     # ---- other ranks --------------------------------------------------------------------------------------
@@ -343,7 +359,7 @@ class Engine:
             before, self._deployment, self._auto = self._deployment, left, None
             another = self._started_without(left)
             seconds = time.monotonic() - began
-            self._meter.seconds["transition"] += seconds
+            self._meter.changed(began)
             self._losses.append(
                 RankLoss(
                     reason=str(error),
@@ -358,6 +374,12 @@ class Engine:
             if another is None:
                 return
             error = another
+
+    def _recover(self, error: WorkerError) -> None:
+        """Go on from what went wrong when the last run was given up."""
+        self._lost, self._broken = None, True
+        self._go_on_without(error)
+        self._broken = False
 
     def _started_without(self, left: Deployment) -> WorkerError | None:
         """Change over to `left`; returns the error if a rank of it fails meanwhile."""
@@ -402,6 +424,11 @@ class Engine:
             rank_host_seconds=dict(meter.rank_host_seconds),
             steps=dict(meter.steps),
             phase_tokens=dict(meter.tokens),
+            phase_sampled=dict(meter.sampled),
+            phase_stepped=dict(meter.stepped),
+            phase_keys=dict(meter.keys),
+            phase_keys_read=dict(meter.keys_read),
+            wall_seconds=dict(meter.wall_seconds),
             start_seconds=self._start_seconds,
             transitions=tuple(meter.transitions),
             rank_losses=tuple(self._losses),
@@ -415,7 +442,14 @@ class Engine:
             device_memory_budget_bytes=self._deployment.device_memory,
             host_kv_peak_bytes=scheduler.host.peak * block,
             host_kv_budget_bytes=self._deployment.host_kv,
+            host_kv_used_bytes=scheduler.host.used * block,
+            device_kv_used_bytes=sum(replica.pool.used for replica in scheduler.replicas) * block,
+            device_kv_pool_bytes=sum(replica.pool.total for replica in scheduler.replicas) * block,
         )
+
+    def history(self) -> History:
+        """How the engine came to where it stands. May be called from another thread, like `stats`."""
+        return self._meter.history()
 
 
 def _layouts(deployment: Deployment) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 from seesaw.core.actions import Action, Completion
 from seesaw.core.errors import EngineError
 from seesaw.deployment import Deployment
-from seesaw.execution.local import LocalExecutor
+from seesaw.execution.local import LocalExecutor, OnEvents
 from seesaw.execution.messages import ShardingMessage, WorkerConfig
 from seesaw.kv.host_buffer import HostBuffer
 from seesaw.transport.select import resolve_kind
@@ -35,7 +35,9 @@ class LocalNode:
     The ranks can be replaced by those of another plan; the host buffer and random weights stay. Owns both.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_events: OnEvents | None = None) -> None:
+        """`on_events` takes what the ranks tell of their doings, if a trace is written."""
+        self._on_events = on_events
         self._ranks: LocalExecutor | None = None
         self._host_buffer: HostBuffer | None = None
         self._store: HostWeightStore | None = None
@@ -53,7 +55,7 @@ class LocalNode:
             self._ranks.close()
             self._ranks = None
         self._reserve(deployment)
-        self._ranks = _start_ranks(deployment, self._host_buffer, self._store)
+        self._ranks = _start_ranks(deployment, self._host_buffer, self._store, self._on_events)
 
     def submit(self, action: Action) -> None:
         """See `Executor`."""
@@ -89,7 +91,10 @@ class LocalNode:
 
 
 def _start_ranks(
-    deployment: Deployment, host_buffer: HostBuffer | None, store: HostWeightStore | None
+    deployment: Deployment,
+    host_buffer: HostBuffer | None,
+    store: HostWeightStore | None,
+    on_events: OnEvents | None,
 ) -> LocalExecutor:
     shardings = list(deployment.shardings[: 2 if deployment.plan.reshards else 1])
     transport, region = _transport(deployment)
@@ -98,7 +103,7 @@ def _start_ranks(
         for rank in range(deployment.plan.world)
     ]
     try:
-        return LocalExecutor(configs, list(deployment.shardings))
+        return LocalExecutor(configs, list(deployment.shardings), on_events)
     finally:
         if region >= 0:
             os.close(region)  # the ranks have mapped it
@@ -146,6 +151,7 @@ def _worker_config(
         dummy_weights=store is not None,
         attention=options.attention,
         profile=options.profile or "",
+        trace=options.trace is not None,
         start_timeout=options.start_timeout,
         rank_timeout=options.rank_timeout,
     )

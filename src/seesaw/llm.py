@@ -19,6 +19,9 @@ from seesaw.deployment import Deployment, Options, resolve
 from seesaw.engine import Engine
 from seesaw.launch import LocalNode
 from seesaw.preflight.gate import check_plan
+from seesaw.recording.bounded import History
+from seesaw.recording.trace import TraceWriter
+from seesaw.recording.tracing import EngineTrace
 from seesaw.rows import Counted
 from seesaw.text import Tokenizer
 
@@ -55,11 +58,15 @@ class LLM:
         deployment = resolve(Options(model=str(model), **options))
         self.tokenizer = _load_tokenizer(str(model), tokenizer)
         deployment = check_plan(deployment)
-        self._node = LocalNode()
+        writer = None if deployment.options.trace is None else TraceWriter(deployment.options.trace)
+        self._node = LocalNode(None if writer is None else writer.add)
         # at exit too, and before the interpreter is taken down, which `__del__` would not be
-        self._close = weakref.finalize(self, self._node.close)
+        self._close = weakref.finalize(self, _close, self._node, writer)
         auto = auto_for(deployment)
-        self._engine = Engine(deployment, self._node, self.tokenizer, start=self._node.start, auto=auto)
+        trace = None if writer is None else EngineTrace(writer)
+        self._engine = Engine(
+            deployment, self._node, self.tokenizer, start=self._node.start, auto=auto, trace=trace
+        )
         if auto is None:
             self._start(deployment)
         self._start_seconds = time.monotonic() - started
@@ -77,6 +84,11 @@ class LLM:
         Where it was not asked for and memory bounds it, the plan that `auto` chooses may lower it.
         """
         return self.deployment.memory.max_model_len
+
+    @property
+    def busy_cores(self) -> int:
+        """Cores of this machine that the ranks keep busy."""
+        return self.deployment.plan.world * self.deployment.options.threads_per_rank
 
     def generate(
         self,
@@ -123,6 +135,10 @@ class LLM:
         """Where the engine stands: rows, tokens, phase, memory, transitions."""
         stats = self._engine.stats()
         return replace(stats, start_seconds=self._start_seconds + stats.start_seconds)
+
+    def history(self) -> History:
+        """How the engine came to where it stands: its phases, and the lengths of what it served."""
+        return self._engine.history()
 
     def close(self) -> None:
         """End the workers and free their memory. May be called twice."""
@@ -208,6 +224,15 @@ class LLM:
                 f"{what}: the model has no tokeniser; give prompt_token_ids, or pass tokenizer=PATH"
             )
         return self.tokenizer
+
+
+def _close(node: LocalNode, writer: TraceWriter | None) -> None:
+    """End the workers, whose last events go into the trace."""
+    try:
+        node.close()
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def _is_single(prompts: object) -> bool:

@@ -131,11 +131,13 @@ def test_a_job_that_is_killed(model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_job_that_is_killed_a_hundred_times(model: Path, tmp_path: Path) -> None:
-    """A job of 2,000 rows, killed 90 times on its way; and small ones, each killed as it ends."""
-    folder = tmp_path / "large"
-    folder.mkdir()
-    assert killed(model, folder, count=2000, kills=90, rows=18) == 90
+    """Jobs of 2,000 rows, killed on their way, one after the other; and small ones, each killed as it ends."""
+    left = 90
+    while left:
+        folder = tmp_path / f"large-{left}"
+        folder.mkdir()
+        left -= killed(model, folder, count=2000, kills=left, rows=8)
     for number in range(10):
-        folder = tmp_path / str(number)
+        folder = tmp_path / f"small-{number}"
         folder.mkdir()
         killed(model, folder, count=10, kills=1, rows=AT_THE_END)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -166,3 +167,24 @@ def test_what_the_engine_refuses_is_one_sentence(
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_table_through_the_engine(model: Path, tmp_path: Path) -> None:
+    """A CSV file and JSON lines from standard input, with the same prompts, into one Parquet file."""
+    texts = ["The quick", 'brown "fox"\njumps', "Ça va?"]
+    greedy = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
+    (tmp_path / "in.csv").write_text(
+        "question,temperature,max_tokens,ignore_eos,topic\n"
+        + "".join('"{}",0,5,true,t{}\n'.format(text.replace('"', '""'), i) for i, text in enumerate(texts))
+    )
+    lines = b"".join(json.dumps({"question": text, **greedy}).encode() + b"\n" for text in texts)
+    output = tmp_path / "out.parquet"
+    options = ["--input", "-", "--output", str(output), "--plan", "P2->T2", "--prompt-column", "question"]
+    result = subprocess.run(command(model, tmp_path / "in.csv", *options), input=lines, check=False)
+    assert result.returncode == 0
+    found = {row["id"]: row for row in pq.read_table(output).to_pylist()}
+    assert set(found) == {f"{where}-{i}" for where in ("in.csv:row", "stdin:line") for i in (1, 2, 3)}
+    for i in (1, 2, 3):
+        assert found[f"in.csv:row-{i}"]["text"] == found[f"stdin:line-{i}"]["text"] != ""
+        assert found[f"in.csv:row-{i}"]["topic"] == f"t{i - 1}"
+        assert found[f"stdin:line-{i}"]["topic"] is None

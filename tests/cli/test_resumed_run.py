@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from seesaw.core.errors import WorkerError
+from seesaw.core.errors import JobError, WorkerError
 from seesaw.jobs.disk import DISK, Disk
+from seesaw.jobs.journal import Kind
+from seesaw.jobs.store import StreamStore
 from tests.cli.test_run import Invoke, engine, invoke
 from tests.jobs.contract import read
 from tests.jobs.echo_engine import EchoEngine
@@ -88,6 +90,16 @@ def test_standard_output(rows: Path, invoke: Invoke) -> None:
     assert sorted(line["custom_id"] for line in lines) == sorted(f"r{i}" for i in range(ROWS))
     assert "19 answered, 1 failed" in result.stderr
     assert os.listdir(rows.parent) == ["in.jsonl"]
+
+
+def test_standard_output_that_is_closed(rows: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(self: StreamStore, kind: Kind, number: int, digest: int, line: bytes) -> None:
+        raise JobError("standard output: cannot be written (Broken pipe)")
+
+    monkeypatch.setattr(StreamStore, "add", add)
+    result = invoke("--output", "-")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: standard output: cannot be written (Broken pipe)\n")
 
 
 def test_a_full_disk(rows: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
         "--on-rank-loss stop"
     ).split()
     files = ["--output", str(tmp_path / "o.jsonl"), "--errors", str(tmp_path / "e.jsonl")]
+    files += ["--trace", str(tmp_path / "t.json")]
     assert invoke(*options, *files).exit_code == 0
     assert opened(engine) == {
         "model": "m",
@@ -92,6 +93,7 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
         "overlap": False,
         "threads_per_rank": 2,
         "preflight": "limits",
+        "trace": str(tmp_path / "t.json"),
     }
     (answer,) = read(tmp_path / "o.jsonl")
     assert answer["response"]["body"]["model"] == "name"
@@ -109,6 +111,8 @@ def test_options_are_those_of_the_engine() -> None:
     assert shared == set(ours) - {
         *("input", "output", "errors", "limit", "served_model_name", "sync_loop", "debug"),
         *("ordered", "retry_errors", "force"),
+        *("prompt_column", "id_column", "keep_column"),
+        *("metrics_port", "metrics_host"),
     }
     same = shared - {"model", "preflight"}  # the command knows the job, by which it chooses what to check
     assert {n: ours[n].default for n in same} == {n: theirs[n].default for n in same}
@@ -282,3 +286,46 @@ def test_the_bar_of_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     shown = capsys.readouterr().err
     assert "rows 100/1,100" in shown
     assert "decode" in shown
+
+
+def test_inputs_by_pattern_and_columns_by_name(invoke: Invoke, tmp_path: Path) -> None:
+    for name, rows in (("b", "k1,first,x\n"), ("a", "k2,second,y\n")):
+        (tmp_path / f"part-{name}.csv").write_text(f"key,text,topic\n{rows}")
+    named = ("--prompt-column", "text", "--id-column", "key")
+    output = tmp_path / "out.csv"
+    result = invoke(*named, "--output", str(output), input=str(tmp_path / "part-*.csv"))
+    assert result.exit_code == 0, result.output
+    assert "part-a.csv and 1 more: prompts from text; ids from key; passed through: topic" in result.stderr
+    assert sorted(output.read_text().splitlines()) == [
+        "id,topic,text,finish_reason,prompt_tokens,completion_tokens",
+        "k1,x,tsrif,stop,5,5",
+        "k2,y,dnoces,stop,6,6",
+    ]
+    refused = invoke(*named, "--output", str(output), input=str(tmp_path / "part-a.csv"))
+    assert refused.exit_code == 2 and "1 input file, were 2" in refused.output
+    output = tmp_path / "again.csv"
+    result = invoke(
+        *named, "--keep-column", "key", "--output", str(output), input=str(tmp_path / "part-a.csv")
+    )
+    assert result.exit_code == 0, result.output
+    assert output.read_text().splitlines()[1] == "k2,k2,dnoces,stop,6,6"
+
+
+def test_unusable_inputs_are_found_before_the_engine(
+    invoke: Invoke, engine: EchoEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "in.csv").write_text("a,b\n1,2\n")
+    source = str(tmp_path / "in.csv")
+    for options, replaced, said in (
+        ([], {"input": str(tmp_path / "*.parquet")}, f"{tmp_path}/*.parquet: matches no file"),
+        ([], {"input": source}, "choose one with --prompt-column; the columns are 'a', 'b'"),
+        (["--prompt-column", "q"], {"input": source}, "has no column 'q' (--prompt-column)"),
+        (["--input", source], {"input": source}, f"{source}: is named twice among the inputs"),
+        ([], {"input": "."}, ".: is a directory; expected a file, or a pattern such as './*.jsonl'"),
+        (["--output", str(tmp_path / "o.xlsx")], {}, "cannot be written in the format of that name"),
+        ([], {"input": "-"}, "the input is standard input; name the output with --output"),
+    ):
+        result = invoke(*options, **replaced)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+        assert said in result.stderr
+    assert not hasattr(engine, "opened")

@@ -37,6 +37,7 @@ class EchoEngine:
     def __init__(self, *, max_model_len: int = 200, fail_after: int | None = None) -> None:
         self.tokenizer = ByteTokenizer()
         self.max_model_len = max_model_len
+        self.busy_cores = 1
         self.fail_after = fail_after
         self.error: BaseException = KeyboardInterrupt()
         self.held = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gzip
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,26 +11,22 @@ import pytest
 from seesaw.core.errors import JobError
 from seesaw.jobs.base import JobOptions
 from seesaw.jobs.disk import DISK
-from seesaw.jobs.finish import CONVERTERS, finish
+from seesaw.jobs.finish import finish
+from seesaw.jobs.sinks.packed import JsonlSink
 from tests.jobs.crash_disk import CrashDisk, LazyDisk
 from tests.jobs.small_job import BAD, Strict, check, lay_out, make_folder, options_in, run
 
 
-def write_backwards(lines: Iterator[bytes], path: Path) -> None:
-    path.write_bytes(b"".join(line[-2::-1] + b"\n" for line in lines))
-
-
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobOptions:
-    """A job whose output is written backwards."""
-    monkeypatch.setitem(CONVERTERS, ".back", write_backwards)
+def job(tmp_path: Path) -> JobOptions:
+    """A job whose output is compressed."""
     job = options_in(make_folder(tmp_path))
-    return replace(job, output=job.output_path.with_suffix(".back"))
+    return replace(job, output=job.output_path.with_name("out.jsonl.gz"))
 
 
-def check_backwards(job: JobOptions, bad: set[int]) -> None:
+def check_packed(job: JobOptions, bad: set[int]) -> None:
     plain = replace(job, output=job.output_path.with_name("plain.jsonl"), errors=job.errors_path)
-    plain.output_path.write_bytes(b"".join(line[-2::-1] + b"\n" for line in job.output_path.open("rb")))
+    plain.output_path.write_bytes(gzip.decompress(job.output_path.read_bytes()))
     check(plain, bad, ordered=job.ordered)
     plain.output_path.unlink()
 
@@ -39,11 +35,11 @@ def check_backwards(job: JobOptions, bad: set[int]) -> None:
 def test_a_converted_output(ordered: bool, job: JobOptions) -> None:
     """Its lines stay while rows that failed may be run again; a crash anywhere loses nothing."""
     job = replace(job, ordered=ordered)
-    folder, part = job.output_path.parent, job.output_path.with_name("out.back.part")
+    folder, part = job.output_path.parent, job.output_path.with_name("out.jsonl.gz.part")
     disk = CrashDisk(folder)
     run(job, Strict(), disk)
     disk.release()
-    check_backwards(job, BAD)
+    check_packed(job, BAD)
     assert part.exists()
     states = disk.states
     disk = CrashDisk(folder)
@@ -51,28 +47,25 @@ def test_a_converted_output(ordered: bool, job: JobOptions) -> None:
     run(replace(job, retry_errors=True), engine, disk)
     disk.release()
     assert len(engine.requests) == len(BAD)
-    check_backwards(job, set())
-    assert {path.name for path in folder.iterdir()} == {"out.back", "out.back.manifest.json"}
+    check_packed(job, set())
+    assert {path.name for path in folder.iterdir()} == {"out.jsonl.gz", "out.jsonl.gz.manifest.json"}
     for state in states:
         lay_out(folder, state)
         run(job, Strict(), LazyDisk())
-        check_backwards(job, BAD)
+        check_packed(job, BAD)
     for state in disk.states:
         lay_out(folder, state)
         run(replace(job, retry_errors=True), Strict(strict=False), LazyDisk())
-        check_backwards(job, set())
+        check_packed(job, set())
 
 
-def test_a_converter_that_fails_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(lines: Iterator[bytes], path: Path) -> None:
-        path.write_bytes(next(lines))
+def test_a_sink_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: JsonlSink, line: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(CONVERTERS, ".bad", fail)
-    target = tmp_path / "x.bad"
+    monkeypatch.setattr(JsonlSink, "write", fail)
+    target = tmp_path / "x.jsonl.zst"
     target.write_text("before")
-    with pytest.raises(JobError, match=r"x.bad: cannot be written \(No space left on device\)"):
+    with pytest.raises(JobError, match=r"x.jsonl.zst: cannot be written \(No space left on device\)"):
         finish(iter([b"a\n"]), target, DISK)
     assert target.read_text() == "before"

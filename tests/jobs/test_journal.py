@@ -91,6 +91,18 @@ def test_a_journal_without_a_header_is_named(job: JobOptions) -> None:
     assert go_on(replace(job, force=True)) == {n + 1 for n in range(ROWS)}
 
 
+def test_the_journal_of_a_complete_job_matters_for_retries_alone(job: JobOptions) -> None:
+    run(job, Strict(), LazyDisk())
+    path = JobFiles(job.output_path, job.errors_path).journal
+    whole = path.read_bytes()
+    for at in (3, RECORD_BYTES + 20):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with open_job(job) as opened:
+            assert opened.complete
+        with pytest.raises(JobFilesError, match="damaged"):
+            open_job(replace(job, retry_errors=True))
+
+
 def test_every_flipped_byte_of_the_journal(job: JobOptions, caplog: pytest.LogCaptureFixture) -> None:
     """Found and named with its record; or, in the last group, taken for a torn one, which is said."""
     files = stopped(job)

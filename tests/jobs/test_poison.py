@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from seesaw.jobs.base import JobOptions, JobSummary
-from seesaw.jobs.reader import read_rows
 from seesaw.jobs.runner import run_job
+from seesaw.jobs.sources.jsonl import json_records
 from tests.jobs.contract import check_answer, check_failure, message, read
 from tests.jobs.echo_engine import WINDOW, EchoEngine
 from tests.jobs.poison import POISONS, Poison
@@ -119,7 +119,7 @@ def test_blank_and_huge_lines_and_two_of_one_id_among_a_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Poison of the file rather than of a row: a hundredth of each."""
-    monkeypatch.setitem(read_rows.__kwdefaults__, "max_line_bytes", 4096)
+    monkeypatch.setitem(json_records.__kwdefaults__, "max_line_bytes", 4096)
     lines, expected = [], Counter[str]()
     for i in range(1000):
         kind = {3: "blank", 41: "huge", 77: "again"}.get(i % 100, "good")

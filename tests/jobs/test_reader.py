@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 from seesaw.core.errors import RequestError
 from seesaw.jobs.base import Endpoint, Row, RowFailure
 from seesaw.jobs.id_index import IdIndex
-from seesaw.jobs.lines import LineCounter, read_lines
-from seesaw.jobs.reader import read_rows
+from seesaw.jobs.lines import count_lines, read_lines
+from seesaw.jobs.reader import RowMaker
 from seesaw.jobs.requests import ModelNames, RequestMaker
+from seesaw.jobs.sources.jsonl import json_records
 from tests.jobs.echo_engine import ByteTokenizer
 from tests.jobs.poison import POISONS
 
@@ -23,7 +26,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def rows(data: bytes) -> list[Row | RowFailure]:
-    return list(read_rows(io.BytesIO(data)))
+    return list(RowMaker().rows("line", json_records(io.BytesIO(data))))
 
 
 @pytest.mark.parametrize("start", [b"", BOM])
@@ -113,7 +116,8 @@ def test_a_huge_line_fails_without_being_held() -> None:
             return size
 
     tracemalloc.start()
-    found = list(read_rows(io.BufferedReader(Endless(), 1 << 16), max_line_bytes=1 << 20))
+    records = json_records(io.BufferedReader(Endless(), 1 << 16), max_line_bytes=1 << 20)
+    found = list(RowMaker().rows("line", records))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert [type(r) for r in found] == [RowFailure, Row]
@@ -196,9 +200,11 @@ def test_id_index_is_small_and_right_when_large() -> None:
 
 
 @pytest.mark.parametrize(("data", "lines"), [(b"", 0), (b"a", 1), (b"a\n", 1), (b"a\n\nb", 3)])
-def test_line_counter(data: bytes, lines: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_lines_are_counted(data: bytes, lines: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("count") / "file"
     path.write_bytes(data)
-    counter = LineCounter(path)
-    counter._thread.join()
-    assert counter.count == lines
+    stop = threading.Event()
+    assert count_lines(path, stop) == lines
+    assert count_lines(Path("/dev/null"), stop) is None
+    stop.set()
+    assert count_lines(path, stop) == (None if data else 0)

@@ -250,6 +250,19 @@ def test_without_its_journal_failed_rows_are_not_known(job: JobOptions) -> None:
         open_job(replace(job, retry_errors=True))
 
 
+def test_an_error_file_in_another_folder(job: JobOptions, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    job = replace(job, errors=other / "failed.jsonl")
+    run(job, Strict(fail_after=12), LazyDisk())
+    assert [path.name for path in other.iterdir()] == ["failed.jsonl.part"]
+    run(job, Strict(), LazyDisk())
+    check(job, BAD)
+    run(replace(job, retry_errors=True), Strict(strict=False), LazyDisk())
+    check(job, set())
+    assert not list(other.iterdir())
+
+
 def test_nothing_to_retry(job: JobOptions) -> None:
     run(job, Strict(strict=False), LazyDisk())
     engine = Strict()

@@ -64,6 +64,22 @@ def test_a_job_that_stops_anywhere(ordered: bool, folder: Path) -> None:
     assert len(states) > 45
 
 
+def test_a_job_that_died_as_it_ended_is_ended_even_with_force(folder: Path) -> None:
+    options = options_in(folder)
+    states = crash_everywhere(options, folder, Strict(), goes_on=True, bad=BAD)
+    ended = 0
+    for state in states:
+        if b'"state": "finishing"' not in state.get("out.jsonl.manifest.json", b""):
+            continue
+        ended += 1
+        lay_out(folder, state)
+        engine = Strict()
+        run(replace(options, force=True), engine, LazyDisk())
+        assert not engine.requests
+        check(options, BAD)
+    assert ended > 3
+
+
 def test_a_job_that_stops_again_as_it_goes_on(folder: Path) -> None:
     options = options_in(folder)
     states = crash_everywhere(options, folder, Strict(), goes_on=True, bad=BAD)

@@ -152,7 +152,8 @@ class _Run:
         except EngineError as error:
             self._check_end(engine, ranks, error)
         else:
-            self._check_rest(engine)
+            if not closed or engine._lost is None:
+                self._check_rest(engine)
             hold(closed or len(self.answered) == len(self.job.rows), "once", "a row was never answered")
             return True
         self._check_refuses(engine)

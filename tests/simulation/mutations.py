@@ -260,6 +260,15 @@ def statistics_forget_what_a_second_loss_interrupts(patch: Patch) -> None:
 
 
 @mutation("recovery")
+def a_loss_while_a_run_is_given_up_ends_the_job(patch: Patch) -> None:
+    def recover(self: Engine, error: WorkerError) -> None:
+        self._broken = True
+        raise error
+
+    patch.setattr(Engine, "_recover", recover)
+
+
+@mutation("recovery")
 def context_is_given_up_for_ranks(patch: Patch) -> None:
     whole = elastic.without
 

@@ -24,9 +24,8 @@ class Command:
     """A running command."""
 
     def __init__(self) -> None:
-        self.resumable = False
-        """Set once its work has begun and the same command would go on with it: what ends it then, ends it like an
-        interruption."""
+        self.failure: int | None = None
+        """Exit code of a failure once the work has begun: `INTERRUPTED` if the same command would go on with it."""
         self.hint = ""
         """A second line after an error or an interruption."""
 
@@ -60,8 +59,8 @@ def reported(*, debug: bool) -> Iterator[Command]:
 def _exit_code(error: Exception, command: Command) -> int:
     if isinstance(error, (ConfigError, JobFilesError)):
         return UNUSABLE
-    if command.resumable:
-        return INTERRUPTED
+    if command.failure is not None:
+        return command.failure
     return UNUSABLE if isinstance(error, JobError) else FAILED
 
 

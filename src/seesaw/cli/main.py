@@ -11,6 +11,7 @@ from seesaw.cli.bench import bench
 from seesaw.cli.plan import plan
 from seesaw.cli.plan_options import JsonCommand
 from seesaw.cli.profile import profile
+from seesaw.cli.report import report
 from seesaw.cli.run import run
 from seesaw.cli.simulate import simulate
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run)
+app.command("report")(report)
 app.command("bench")(bench)
 app.command("profile")(profile)
 app.command("plan", cls=JsonCommand)(plan)

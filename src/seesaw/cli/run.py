@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from seesaw.cli import run_options as opt
-from seesaw.cli.failures import reported, say, set_up_logging
+from seesaw.cli.failures import FAILED, INTERRUPTED, reported, say, set_up_logging
 from seesaw.core.errors import ConfigError
 from seesaw.core.layout import Plan
 from seesaw.core.units import parse_bytes
@@ -19,12 +20,32 @@ if TYPE_CHECKING:
     from seesaw.jobs.resume import OpenJob
     from seesaw.preflight.gate import Mode
 
+_OF_THE_ENGINE = (
+    *(
+        "plan",
+        "ranks",
+        "device",
+        "dtype",
+        "load_format",
+        "policy",
+        "max_model_len",
+        "seed",
+        "chunk",
+        "max_running",
+    ),
+    *("transition", "threads_per_rank", "on_rank_loss", "preflight", "trace"),
+)
+"""Options that the engine takes as they are."""
+
 
 def run(
     model: opt.Model,
     input: opt.Input,
     output: opt.Output = None,
     errors: opt.Errors = None,
+    prompt_column: opt.PromptColumn = None,
+    id_column: opt.IdColumn = None,
+    keep_column: opt.KeepColumn = None,
     limit: opt.Limit = None,
     ordered: opt.Ordered = False,
     retry_errors: opt.RetryErrors = False,
@@ -47,6 +68,9 @@ def run(
     host_kv: opt.HostKV = None,
     max_model_len: opt.MaxModelLen = None,
     preflight: opt.Preflight = "auto",
+    trace: opt.Trace = None,
+    metrics_port: opt.MetricsPort = None,
+    metrics_host: opt.MetricsHost = "127.0.0.1",
     debug: opt.Debug = False,
 ) -> None:
     """Run every row of a job file; each becomes one line of the output or of the error file.
@@ -56,35 +80,27 @@ def run(
     Exit code: 0 if all rows were answered, 1 if some failed, 2 for unusable arguments, 3 if the job was stopped on
     the way.
     """
+    given = dict(locals())
     from seesaw.jobs.base import JobOptions
+    from seesaw.jobs.sources.open import find_inputs
 
     set_up_logging(debug=debug)
     with reported(debug=debug):
-        engine_options = {
-            "plan": plan,
-            "ranks": ranks,
-            "device": device,
+        engine_options = {name: given[name] for name in _OF_THE_ENGINE} | {
             "device_memory": _size("--device-memory", device_memory),
             "host_kv": _size("--host-kv", host_kv),
-            "dtype": dtype,
-            "load_format": load_format,
-            "policy": policy,
-            "max_model_len": max_model_len,
-            "seed": seed,
-            "chunk": chunk,
-            "max_running": max_running,
-            "transition": transition,
             "overlap": not sync_loop,
-            "threads_per_rank": threads_per_rank,
-            "on_rank_loss": on_rank_loss,
-            "preflight": preflight,
         }
+        inputs = find_inputs(input)
     job = JobOptions(
-        input=input,
+        input=inputs,
         output=output,
         errors=errors,
         model=model,
         served_model_name=served_model_name,
+        prompt_column=prompt_column,
+        id_column=id_column,
+        keep_columns=tuple(keep_column or ()),
         limit=limit,
         ordered=ordered,
         retry_errors=retry_errors,
@@ -96,7 +112,7 @@ def run(
             "max-model-len": max_model_len,
         },
     )
-    raise typer.Exit(_run(job, engine_options, debug=debug))
+    raise typer.Exit(_run(job, engine_options, (metrics_host, metrics_port), debug=debug))
 
 
 def open_engine(model: str, options: dict[str, Any]) -> AbstractContextManager[JobEngine]:
@@ -121,28 +137,42 @@ def _size(option: str, text: str | None) -> int | None:
         raise ConfigError(f"{option}: {error}") from error
 
 
-def _run(options: JobOptions, engine_options: dict[str, Any], *, debug: bool) -> int:
-    """Run the job and print its summary; returns the exit code."""
+def _run(
+    options: JobOptions,
+    engine_options: dict[str, Any],
+    metrics_at: tuple[str, int | None],
+    *,
+    debug: bool,
+) -> int:
+    """Run the job and print its summary; returns the exit code. Metrics are served at (host, port)."""
+    from seesaw.cli.observe import metrics_server, watching
     from seesaw.cli.progress import showing
     from seesaw.jobs.resume import open_job
     from seesaw.jobs.runner import run_opened
+    from seesaw.jobs.sources.open import check_formats
 
     with reported(debug=debug) as command:
+        check_formats(options)
         if engine_options["plan"] != "auto":
             Plan.parse(engine_options["plan"])
+        if engine_options["trace"] is not None:
+            from seesaw.recording.trace import check_trace
+
+            check_trace(engine_options["trace"])
         with open_job(options) as job:
             if job.complete:
                 return _say_complete(job)
             engine_options["preflight"] = _check_before(job, engine_options)
-            with open_engine(options.model, engine_options) as engine:
-                command.resumable = not options.streamed
+            with metrics_server(*metrics_at) as metrics, open_engine(options.model, engine_options) as engine:
+                command.failure = FAILED if options.streamed else INTERRUPTED
                 try:
-                    with showing() as show:
-                        summary = run_opened(engine, job, on_progress=show)
+                    with showing() as show, watching(engine, job, engine_options, metrics) as watch:
+                        summary = run_opened(engine, job, on_progress=watch.noting(show))
+                        watch.ended(summary)
                 except BaseException:
                     command.hint = _hint(job)
                     raise
-        _print_summary(summary, job)
+        _print_summary(summary, job, record=watch.directory)
     return summary.exit_code
 
 
@@ -181,13 +211,15 @@ def _hint(job: OpenJob) -> str:
     return f"{job.safe:,} rows are safe in {job.files.answers_part}; the same command goes on from there"
 
 
-def _print_summary(summary: JobSummary, job: OpenJob) -> None:
+def _print_summary(summary: JobSummary, job: OpenJob, *, record: Path | None) -> None:
     from seesaw.report.summary import format_summary
 
     streamed = job.options.streamed
     files = [] if streamed else [("output", summary.output)]
     if summary.errors is not None:
         files.append(("errors", summary.errors))
+    if record is not None:
+        files.append(("run record", record))
     typer.echo(
         format_summary(
             summary.stats,

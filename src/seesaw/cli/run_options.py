@@ -8,12 +8,14 @@ from typing import Annotated, Literal
 import typer
 
 _FILES, _MODEL, _MEMORY, _ENGINE = "Files", "Model", "Memory", "Engine"
+_WATCHING = "Watching"
 
 Input = Annotated[
-    Path,
+    list[str],
     typer.Option(
         "--input",
-        help="JSONL file: OpenAI Batch lines, or plain lines with 'prompt' or 'messages'.",
+        help="JSONL (OpenAI Batch lines, or plain lines with 'prompt' or 'messages'), CSV, TSV, Parquet; also .gz, "
+        ".zst; '-' is standard input. May be repeated, or a pattern such as 'part-*.jsonl'.",
         metavar="FILE",
         rich_help_panel=_FILES,
     ),
@@ -21,8 +23,9 @@ Input = Annotated[
 Output = Annotated[
     Path | None,
     typer.Option(
-        help="Answers, as OpenAI Batch output lines; by default INPUT.output.jsonl beside the input. "
-        "With - they go to standard output as they come, and the job cannot be continued.",
+        help="Answers: .jsonl as OpenAI Batch output lines, .csv, .tsv, .parquet as tables; also .gz, .zst. "
+        "By default INPUT.output.jsonl beside the input. With - they go to standard output as they come, and the job "
+        "cannot be continued.",
         metavar="FILE",
         rich_help_panel=_FILES,
     ),
@@ -30,8 +33,34 @@ Output = Annotated[
 Errors = Annotated[
     Path | None,
     typer.Option(
-        help="Failed rows; by default OUTPUT.errors.jsonl beside the output. Created only if a row fails.",
+        help="Failed rows, in the same formats; by default OUTPUT.errors.jsonl beside the output. Created only if a "
+        "row fails.",
         metavar="FILE",
+        rich_help_panel=_FILES,
+    ),
+]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column with the prompts; by default prompt, messages or prompt_token_ids.",
+        metavar="NAME",
+        rich_help_panel=_FILES,
+    ),
+]
+IdColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column with the ids; by default custom_id or id, if there is one.",
+        metavar="NAME",
+        rich_help_panel=_FILES,
+    ),
+]
+KeepColumn = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column that passes through to the output. May be repeated; of a table, by default all that are "
+        "neither prompts, ids nor parameters.",
+        metavar="NAME",
         rich_help_panel=_FILES,
     ),
 ]
@@ -171,6 +200,33 @@ MaxModelLen = Annotated[
     int | None,
     typer.Option(
         help="Most tokens of a sequence, prompt included.", min=1, metavar="N", rich_help_panel=_MEMORY
+    ),
+]
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        help="Write what every rank and the scheduler do to a Chrome trace, .json or .json.gz; "
+        "https://ui.perfetto.dev opens it.",
+        metavar="FILE",
+        rich_help_panel=_WATCHING,
+    ),
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        help="Serve Prometheus metrics on this port while the job runs.",
+        min=0,
+        max=65535,
+        metavar="N",
+        rich_help_panel=_WATCHING,
+    ),
+]
+MetricsHost = Annotated[
+    str,
+    typer.Option(
+        help="Address to serve them on; 0.0.0.0 for other machines as well.",
+        metavar="HOST",
+        rich_help_panel=_WATCHING,
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="All log messages, and tracebacks of errors.")]

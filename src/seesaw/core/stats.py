@@ -17,6 +17,8 @@ class TransitionRecord:
     mode: str
     copied_bytes: int = 0
     moving_seconds: float = 0.0
+    at: float = 0.0
+    """Seconds from the engine's start to its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,16 @@ class EngineStats:
     """Forwards completed, likewise."""
     phase_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens fed to these Forwards."""
+    phase_sampled: dict[str, int] = field(default_factory=dict)
+    """Tokens sampled by them."""
+    phase_stepped: dict[str, int] = field(default_factory=dict)
+    """Of the tokens fed, those of decode steps; the others are prompts."""
+    phase_keys: dict[str, int] = field(default_factory=dict)
+    """(query, key) pairs of their attention, in one layer that sees all tokens before."""
+    phase_keys_read: dict[str, int] = field(default_factory=dict)
+    """Of these pairs, those of decode steps, which read each key from memory."""
+    wall_seconds: dict[str, float] = field(default_factory=dict)
+    """All time while requests were served, by what the ranks were doing."""
     start_seconds: float = 0.0
     """From asking for the engine until its ranks were ready."""
     transitions: tuple[TransitionRecord, ...]
@@ -76,3 +88,19 @@ class EngineStats:
     device_memory_budget_bytes: int
     host_kv_peak_bytes: int
     host_kv_budget_bytes: int
+    host_kv_used_bytes: int = 0
+    """Of the host buffer, at present."""
+    device_kv_used_bytes: int = 0
+    """Of the ranks' KV pools together, at present."""
+    device_kv_pool_bytes: int = 0
+    """Size of these pools under the present layout."""
+
+    @property
+    def prompt_tokens_fed(self) -> int:
+        """Prompt tokens computed so far; `prompt_tokens` are those of requests that ended."""
+        return sum(self.phase_tokens.values()) - sum(self.phase_stepped.values())
+
+    @property
+    def tokens_sampled(self) -> int:
+        """Tokens generated so far; `output_tokens` are those of requests that ended."""
+        return sum(self.phase_sampled.values())

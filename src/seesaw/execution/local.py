@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -28,11 +28,13 @@ from seesaw.core.actions import (
     TransitionDone,
 )
 from seesaw.core.errors import EngineError, StartupError, WorkerError
+from seesaw.core.events import Event
 from seesaw.execution.fork_server import fork_server
 from seesaw.execution.liveness import BEAT, Liveness
 from seesaw.execution.messages import (
     Alive,
     CopiesAck,
+    Events,
     Failed,
     FromWorker,
     Ready,
@@ -45,6 +47,7 @@ from seesaw.weights.sharding import Sharding
 
 logger = logging.getLogger(__name__)
 
+OnEvents = Callable[[list[Event]], None]
 _CAUSE_SECONDS = 2.0
 """How long after a rank's failure is waited for the death of another, which may be its cause."""
 _MORE_SECONDS = 0.2
@@ -82,8 +85,11 @@ class LocalExecutor:
     they are up; the kernel frees the rest with the processes.
     """
 
-    def __init__(self, configs: list[WorkerConfig], shardings: list[Sharding]) -> None:
-        self._configs, self._shardings = configs, shardings
+    def __init__(
+        self, configs: list[WorkerConfig], shardings: list[Sharding], on_events: OnEvents | None = None
+    ) -> None:
+        """`on_events` takes what ranks tell of their doings; it is called while the executor waits or closes."""
+        self._configs, self._shardings, self._on_events = configs, shardings, on_events
         self._current = 0
         self._pending: dict[int, _Pending] = {}
         self._forwards_out = 0
@@ -149,6 +155,7 @@ class LocalExecutor:
         ):
             self._send(range(len(self._ranks)), Shutdown())
             self._await_exit(5.0)
+            self._hear_out()
         for rank in self._ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGKILL)
@@ -208,6 +215,8 @@ class LocalExecutor:
 
     def _receive(self, seconds: float) -> list[FromWorker]:
         """Messages that have arrived, but for signs of life; waits up to `seconds` for the first."""
+        if self._closed:
+            raise EngineError("the ranks have been ended")
         events = dict(self._poller.poll(int(seconds * 1000) + 1))
         messages = self._drain() if self._outbox in events else []
         failed = [message for message in messages if isinstance(message, Failed)]
@@ -226,11 +235,20 @@ class LocalExecutor:
         return messages
 
     def _drain(self) -> list[FromWorker]:
-        messages = []
+        messages: list[FromWorker] = []
         with contextlib.suppress(zmq.Again):
             while True:
-                messages.append(self._decoder.decode(self._outbox.recv(zmq.NOBLOCK)))
+                message = self._decoder.decode(self._outbox.recv(zmq.NOBLOCK))
+                if not isinstance(message, Events):
+                    messages.append(message)
+                elif self._on_events is not None:
+                    self._on_events(message.events)
         return messages
+
+    def _hear_out(self) -> None:
+        """Take in the last events of ranks that have ended."""
+        while self._on_events is not None and self._outbox.poll(20):
+            self._drain()
 
     def _dead(self, events: dict[object, int]) -> set[int]:
         """Ranks that have ended, by what the poller says."""

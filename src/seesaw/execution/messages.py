@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from seesaw.core.actions import Forward, ForwardDone, SwapIn, SwapOut, Transition
+from seesaw.core.events import Event
 from seesaw.core.model_spec import ModelSpec
 from seesaw.core.node import Place
 
@@ -54,6 +55,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention: str | None
     profile: str
     """Folder to which the rank writes where its time went; empty for none."""
+    trace: bool
+    """Whether the rank reports `Events`."""
     start_timeout: float
     """Seconds to wait for the other ranks."""
     rank_timeout: float
@@ -106,6 +109,12 @@ class Alive(msgspec.Struct, array_like=True, frozen=True, tag=True):
     phase: str
 
 
+class Events(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """What a rank did since it last said so, if a trace is written; in no order."""
+
+    events: list[Event]
+
+
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """A worker raised while doing `phase`, and has ended."""
 
@@ -117,4 +126,4 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Whether its device failed or has no memory left, rather than what runs on it."""
 
 
-FromWorker = Ready | ForwardDone | CopiesAck | TransitionAck | Alive | Failed
+FromWorker = Ready | ForwardDone | CopiesAck | TransitionAck | Alive | Events | Failed

@@ -53,7 +53,7 @@ class Profile:
 
     def wrap(self, subject: _T, methods: tuple[str, ...]) -> _T:
         """`subject` with timers around `methods`."""
-        return cast(_T, _Timed(subject, {name: self._timed(subject, name) for name in methods}))
+        return cast(_T, Timed(subject, {name: self._timed(subject, name) for name in methods}))
 
     def write(self, path: Path) -> None:
         """Write the phases to `path`, as JSON."""
@@ -73,8 +73,8 @@ class Profile:
         return call
 
 
-class _Timed:
-    """Stands for `subject`; some of its methods are replaced."""
+class Timed:
+    """Stands for `subject`; some of its methods are replaced, by others that time them."""
 
     def __init__(self, subject: object, methods: dict[str, Callable[..., Any]]) -> None:
         self._subject = subject

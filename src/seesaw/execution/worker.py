@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -41,6 +42,7 @@ from seesaw.execution.messages import (
 from seesaw.execution.placement import enter
 from seesaw.execution.profiling import Profile
 from seesaw.execution.stage import Stage
+from seesaw.execution.tracing import RankTrace
 from seesaw.kv.copy_engine import CopyEngine
 from seesaw.kv.device_pool import DevicePool
 from seesaw.kv.host_buffer import HostBuffer
@@ -81,6 +83,8 @@ class Worker:
         self._shardings = [sharding_of(m) for m in config.shardings]
         self._views = [rank_view(config.spec, s, config.rank) for s in self._shardings]
         self._profile = Profile() if config.profile else None
+        self.trace = RankTrace(config.rank, report) if config.trace else None
+        """What the rank tells of its doings; None unless a trace is written."""
         attention = create_attention(config.device, config.attention, head_dim=config.spec.head_dim)
         self._attention = self._timed(attention, "attend")
         operators = create_operators(config.device, dtype=self._dtype)
@@ -88,6 +92,8 @@ class Worker:
             operators, "linear", "rms_norm", "add_rms_norm", "rotate", "silu_mul", "argmax"
         )
         self._transport = self._timed(self._connect(), "all_reduce", "gather", "broadcast", "send", "receive")
+        if self.trace is not None:
+            self._transport = self.trace.watch(self._transport)
         self._store = self._open_store()
         self._weights = RankWeights(config.spec, self._store, cast(DType, config.dtype), config.rank)
         self._weights.load(self._shardings[0])
@@ -188,11 +194,13 @@ class Worker:
             case SwapOut():
                 self.phase = "swap-out"
                 pairs = torch.tensor(message.pairs)
-                self._copies.submit(lambda: self._swap_out(pairs, None), self._acknowledge(message.id))
+                self._copies.submit(
+                    lambda: self._swap_out(pairs, None), self._acknowledge(message.id, "swap-out")
+                )
             case SwapIn():
                 self.phase = "swap-in"
                 pairs = torch.tensor(message.pairs)
-                self._copies.submit(lambda: self._swap_in(pairs), self._acknowledge(message.id))
+                self._copies.submit(lambda: self._swap_in(pairs), self._acknowledge(message.id, "swap-in"))
             case Transition():
                 self.phase = "transition"
                 self._transition(message)
@@ -208,24 +216,41 @@ class Worker:
 
             def copy(layer: int) -> int:
                 nonlocal moved
-                moved += self._swap_out(pairs, layer)
-                return moved
+                copied = self._swap_out(pairs, layer)
+                moved += copied
+                return copied
 
             def after_attention(layer: int) -> None:
-                self._copies.submit(lambda: copy(layer))
+                self._copies.submit(lambda: copy(layer), self._traced_copy("write-through"))
 
-        if self._profile is None:
+        with self._profiled(forward), self._traced(forward):
             done = self._stage.run(forward, after_attention)
-        else:
-            with self._profile.forward("decode" if forward.decodes else "prefill", sum(forward.counts)):
-                done = self._stage.run(forward, after_attention)
         if done is not None:
             self._report(done)
         if forward.write_through:
             self._copies.submit(lambda: moved, self._acknowledge(forward.id))
 
-    def _acknowledge(self, action: int) -> Callable[[int, float], None]:
-        return lambda moved, seconds: self._report(CopiesAck(self._config.rank, action, moved, seconds))
+    def _profiled(self, forward: Forward) -> AbstractContextManager[None]:
+        if self._profile is None:
+            return nullcontext()
+        return self._profile.forward("decode" if forward.decodes else "prefill", sum(forward.counts))
+
+    def _traced(self, forward: Forward) -> AbstractContextManager[None]:
+        return nullcontext() if self.trace is None else self.trace.forward(forward)
+
+    def _traced_copy(self, name: str) -> Callable[[int, float], None] | None:
+        trace = self.trace
+        return None if trace is None else lambda moved, seconds: trace.copied(name, moved, seconds)
+
+    def _acknowledge(self, action: int, name: str | None = None) -> Callable[[int, float], None]:
+        """Reports copies that have ended; those with a `name` have an event in the trace."""
+
+        def report(moved: int, seconds: float) -> None:
+            if name is not None and self.trace is not None:
+                self.trace.copied(name, moved, seconds)
+            self._report(CopiesAck(self._config.rank, action, moved, seconds))
+
+        return report
 
     def _swap_out(self, pairs: Tensor, layer: int | None) -> int:
         """Copy this rank's slabs out; of ranks that share a replicated KV head only one copies."""
@@ -256,16 +281,13 @@ class Worker:
         self._check_weights()
         self._current = action.target
         self._stage = self._make_stage()
+        ended = time.monotonic()
+        fetched, copied = stats.bytes_fetched, stats.bytes_copied
+        if self.trace is not None:
+            target = str(self._shardings[action.target].layout)
+            self.trace.transition(started, ended, target, fetched, copied)
         self._report(
-            TransitionAck(
-                self._config.rank,
-                action.id,
-                stats.bytes_fetched,
-                stats.bytes_copied,
-                stats.seconds,
-                started,
-                time.monotonic(),
-            )
+            TransitionAck(self._config.rank, action.id, fetched, copied, stats.seconds, started, ended)
         )
 
     def _check_weights(self) -> None:
@@ -279,6 +301,8 @@ class Worker:
         self._copies.drain()
         self._copies.close()
         self._transport.close()
+        if self.trace is not None:
+            self.trace.flush()
         if self._profile is not None:
             self._profile.write(Path(self._config.profile) / f"rank{self._config.rank}.json")
 
@@ -353,6 +377,8 @@ def _is_of_device(error: Exception) -> bool:
 def _serve(worker: Worker, inbox: zmq.Socket[bytes]) -> None:
     decoder = msgspec.msgpack.Decoder(ToWorker)
     while True:
+        if worker.trace is not None:
+            worker.trace.wait(lambda seconds: inbox.poll(int(seconds * 1e3)))
         message = decoder.decode(inbox.recv())
         worker.handle(message)
         if isinstance(message, Shutdown):

@@ -8,8 +8,19 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
+from seesaw.core.errors import JobError
 from seesaw.core.request import Request, RequestOutput
 from seesaw.core.stats import EngineStats
+
+STDIN = Path("-")
+"""Stands for standard input among the inputs of a job."""
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+"""Compressions by suffix."""
+
+
+def stem(path: Path) -> str:
+    """The name of a file without the suffixes of its format and compression."""
+    return path.with_suffix("").stem if path.suffix.lower() in COMPRESSED else path.stem
 
 
 class Encoder(Protocol):
@@ -34,6 +45,11 @@ class JobEngine(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
+    @property
+    def busy_cores(self) -> int:
+        """Cores of this machine that the ranks keep busy."""
+        ...
+
     def run(self, requests: Iterator[Request], /) -> Iterator[RequestOutput]: ...
 
     def stats(self) -> EngineStats: ...
@@ -53,15 +69,17 @@ class Row:
     number: int
     """1-based position among the rows of all inputs of the job."""
     place: str
-    """Where it stands, for messages: `line 12`, or `b.jsonl: line 12` where there are several inputs."""
+    """Where it stands, for messages: `line 12` or `row 12`, or `b.jsonl: line 12` where there are several inputs."""
     digest: int
-    """CRC-32 of its bytes in the input, by which a resumed job knows that it is still the same row."""
+    """CRC-32 of its bytes (Parquet: of its values as JSON), by which a resumed job knows it again."""
     id: str
-    """The row's own id, or `line-N`."""
+    """The row's own id, or `line-N` (JSONL), `row-N` (tables), `b.jsonl:line-N` (one of several inputs)."""
     endpoint: Endpoint
     body: dict[str, Any]
     plain: bool = False
-    """Whether it is a plain line rather than one in OpenAI's Batch format."""
+    """Whether it is a plain line, or of a table, rather than a line in OpenAI's Batch format."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What passes through to the row's line of the output: JSON-able, by column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +96,8 @@ class RowFailure:
     param: str | None = None
     status: int | None = None
     """HTTP status if the line was a request; None if it never became one (malformed, duplicate, …)."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """As of `Row`; empty where the row could not be read."""
 
 
 class RowReader(Protocol):
@@ -107,9 +127,10 @@ class JobOptions:
     """Which files, and how the model is named in them."""
 
     input: Path | tuple[Path, ...]
-    """One file, or several that are read one after the other."""
+    """One file, or several that are read one after the other. `-` is standard input."""
     output: Path | None = None
-    """Answers; `<stem of the first input>.output.jsonl` beside it if None, standard output if `-`."""
+    """Answers, in the format its suffix names; `<name of the first input>.output.jsonl` beside it if None, standard
+    output if `-`."""
     errors: Path | None = None
     """Failed rows; `<output stem>.errors.jsonl` beside the output if None, or with the answers on standard output.
     Created only if a row fails."""
@@ -117,6 +138,12 @@ class JobOptions:
     """Name of the model, written into every answer."""
     served_model_name: str | None = None
     """The name to write instead. Then rows may name no other model than these two."""
+    prompt_column: str | None = None
+    """Column (of plain lines: field) with the prompts, if it is not `prompt`, `messages`, `prompt_token_ids`."""
+    id_column: str | None = None
+    """Column or field with the ids, if it is not `custom_id` or `id`."""
+    keep_columns: tuple[str, ...] = ()
+    """Columns or fields that pass through to the output; none given, all of a table that mean nothing else."""
     limit: int | None = None
     """Take only the first rows; blank lines do not count."""
     ordered: bool = False
@@ -142,15 +169,19 @@ class JobOptions:
 
     @property
     def output_path(self) -> Path:
-        """Where answers go."""
+        """Where answers go. Raises `JobError` if standard input comes first and no output is named."""
+        if self.output is not None:
+            return self.output
         first = self.inputs[0]
-        return self.output or first.with_name(f"{first.stem}.output.jsonl")
+        if first == STDIN:
+            raise JobError("the input is standard input; name the output with --output")
+        return first.parent / f"{stem(first)}.output.jsonl"
 
     @property
     def errors_path(self) -> Path:
         """Where failed rows go."""
         output = self.output_path
-        return self.errors or output.with_name(f"{output.stem}.errors.jsonl")
+        return self.errors or output.with_name(f"{stem(output)}.errors.jsonl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,6 +109,15 @@ def read_fields(endpoint: Endpoint, body: dict[str, Any], *, plain: bool = False
     return fields
 
 
+def parameter_names() -> frozenset[str]:
+    """Names that a column of a table may have to be a parameter of its rows.
+
+    The model is not among them, nor a name that a table is more likely to use for data of its own.
+    """
+    known = {*_READERS[Endpoint.CHAT], *_READERS[Endpoint.COMPLETIONS], *_UNSUPPORTED}
+    return frozenset(known - {"prompt", "messages", "model", "documents", "audio", "suffix", "functions"})
+
+
 def shown(value: object) -> str:
     """`value` as it goes into a message: never long."""
     text = repr(value)

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import msgspec
 
 from seesaw.core.units import format_bytes
-from seesaw.jobs.base import JobOptions
+from seesaw.jobs.base import STDIN, JobOptions
 from seesaw.jobs.disk import reading
 
 _EDGE = 64 << 10
@@ -56,6 +56,9 @@ def take_fingerprint(options: JobOptions) -> Fingerprint:
             "served-model-name": options.served_model_name,
             "errors": options.errors_path.name,
             "limit": options.limit,
+            "prompt-column": options.prompt_column,
+            "id-column": options.id_column,
+            "keep-column": ", ".join(options.keep_columns) or None,
             **options.settings,
         },
     )
@@ -69,7 +72,8 @@ def differences(new: Fingerprint, old: Fingerprint) -> list[str]:
         if now != was:
             changes.append(f"--{name} is {_shown(now)}, was {_shown(was)}")
     if len(new.inputs) != len(old.inputs):
-        changes.append(f"{len(new.inputs)} input files, were {len(old.inputs)}")
+        files = "file" if len(new.inputs) == 1 else "files"
+        changes.append(f"{len(new.inputs)} input {files}, were {len(old.inputs)}")
     else:
         changes += [
             _difference("the input", a, b) for a, b in zip(new.inputs, old.inputs, strict=True) if a != b
@@ -104,6 +108,8 @@ def _size(size: int | None) -> str:
 
 
 def _input_mark(path: Path) -> FileMark:
+    if path == STDIN:
+        return FileMark(str(path), None, "")
     with reading(path):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

@@ -6,7 +6,7 @@ Every step may be repeated, so that a job that dies here goes on where it stood.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,36 +14,27 @@ import numpy as np
 from seesaw.core.errors import JobFilesError
 from seesaw.jobs.disk import DISK, Disk, JobFiles, size_of, writing
 from seesaw.jobs.journal import Kind, Records, Replay
-
-Converter = Callable[[Iterator[bytes], Path], None]
-
-CONVERTERS: dict[str, Converter] = {}
-"""What writes lines into a file of another format, by the last suffix of its name; raises `OSError`."""
+from seesaw.jobs.sinks.open import is_plain, open_sink
 
 _BUFFER = 1 << 20
 _CHUNK_ROWS = 1 << 14
 
 
-def keeps_lines(target: Path) -> bool:
-    """Whether a finished file holds the lines byte for byte, one after the other."""
-    return target.suffix not in CONVERTERS
-
-
 def finish(lines: Iterator[bytes], target: Path, disk: Disk = DISK) -> None:
-    """Make `target` of lines (`\\n` included), in the format of its suffix.
+    """Make `target` of lines (`\\n` included), in the format of its name.
 
     It appears as a whole, in the place of what stood there. Raises `JobError`.
     """
     temporary = target.with_name(f"{target.name}.finishing")
     with writing(target):
-        converter = CONVERTERS.get(target.suffix)
-        if converter is not None:
-            converter(lines, temporary)
-            descriptor = disk.open(temporary)
-        else:
-            descriptor = disk.open(temporary, create=True)
+        plain = is_plain(target)
+        if not plain:
+            with open_sink(temporary, name=target) as sink:
+                for line in lines:
+                    sink.write(line)
+        descriptor = disk.open(temporary, create=plain)
         try:
-            if converter is None:
+            if plain:
                 _write_lines(lines, descriptor, disk)
             disk.sync(descriptor)
         finally:
@@ -76,7 +67,7 @@ def finish_files(files: JobFiles, found: Replay, *, ordered: bool, disk: Disk = 
                 disk.remove(part)
                 disk.remove(target)
                 disk.sync_folder(target.parent)
-        elif ordered or not keeps_lines(target):
+        elif ordered or not is_plain(target):
             finish(_lines(part, found, kind, ordered=ordered), target, disk)
         else:
             _rename(part, target, size, disk)
@@ -89,7 +80,7 @@ def clear_up(files: JobFiles, disk: Disk, *, failed: bool) -> None:
     format.
     """
     with writing(files.journal):
-        if not (failed and not keeps_lines(files.output)):
+        if not failed or is_plain(files.output):
             disk.remove(files.answers_part)
         disk.remove(files.errors_part)
         if not failed:

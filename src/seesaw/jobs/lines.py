@@ -30,51 +30,30 @@ def read_lines(file: BinaryIO, *, max_bytes: int = MAX_LINE_BYTES) -> Iterator[t
         line = line.removesuffix(b"\n").removesuffix(b"\r")
         if len(line) > max_bytes:
             if not ended:
-                _skip_line(file)
+                skip_line(file)
             yield number, None
         elif line.strip():
             yield number, line
 
 
-def _skip_line(file: BinaryIO) -> None:
+def skip_line(file: BinaryIO) -> None:
+    """Read to the end of the present line, in constant memory."""
     while (piece := file.readline(_CHUNK)) and not piece.endswith(b"\n"):
         pass
 
 
-class LineCounter:
-    """Counts the lines of a regular file on a thread of its own, so that nothing waits for it."""
+def count_lines(path: Path, stop: threading.Event) -> int | None:
+    """Lines of a regular file, blank ones included; None for any other, or once `stop` is set.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._count: int | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="seesaw-count-lines", daemon=True)
-        self._thread.start()
-
-    @property
-    def count(self) -> int | None:
-        """Lines of the file, blank ones included; None until they are counted."""
-        return self._count
-
-    def close(self) -> None:
-        """Give the counting up, if it has not ended."""
-        self._stop.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        try:
-            if not stat.S_ISREG(os.stat(self._path).st_mode):
-                return
-            with open(self._path, "rb", buffering=0) as file:
-                self._count = self._count_lines(file)
-        except OSError:
-            return  # the reader of the rows meets the same error and reports it
-
-    def _count_lines(self, file: BinaryIO) -> int | None:
-        lines, last = 0, b"\n"
+    Raises `OSError`.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return None
+    lines, last = 0, b"\n"
+    with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
-            if self._stop.is_set():
+            if stop.is_set():
                 return None
             lines += chunk.count(b"\n")
             last = chunk[-1:]
-        return lines + (last != b"\n")
+    return lines + (last != b"\n")

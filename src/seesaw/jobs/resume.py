@@ -20,9 +20,10 @@ from seesaw.jobs.disk import DISK, Disk, JobFiles, size_of, writing
 from seesaw.jobs.done import DoneRows, failures_by_code
 from seesaw.jobs.files import check_files
 from seesaw.jobs.fingerprint import Fingerprint, differences, take_fingerprint
-from seesaw.jobs.finish import clear_up, finish_files, keeps_lines
+from seesaw.jobs.finish import clear_up, finish_files
 from seesaw.jobs.journal import Damage, Header, Kind, Records, Replay, replay
 from seesaw.jobs.manifest import Manifest, Session, now, read_manifest, write_manifest
+from seesaw.jobs.sinks.open import is_plain
 from seesaw.jobs.store import (
     JobStore,
     LineStore,
@@ -205,11 +206,17 @@ class _Opening:
             return
         self.job.manifest = manifest
         self._open_journal(manifest)
-        if manifest.state == "finishing" and self.job._found is not None:
+        if self.job.manifest is None:
+            return
+        ended_now = manifest.state == "finishing" and self.job._found is not None
+        if ended_now:
+            assert self.job._found is not None
             self.job.complete_files(self.job._found)
             self._reopen_journal()
         if manifest.state == "complete":
-            self._settle_complete(manifest)
+            self._settle_complete(
+                manifest, again=self.force and not ended_now and not self.options.retry_errors
+            )
         else:
             self._settle_running(manifest)
 
@@ -226,22 +233,30 @@ class _Opening:
     # ---- the journal --------------------------------------------------------------------------------------
 
     def _open_journal(self, manifest: Manifest) -> None:
-        """Lock and read the journal of `manifest`, if it is there and whole."""
+        """Lock and read the journal of `manifest`, if it is there. Whole it must be where it will be needed."""
         path = self.files.journal
         if not path.exists():
             return
         self.job._journal = open_journal(path, self.disk)
+        needed = manifest.state != "complete" or self.options.retry_errors
         try:
             found = replay(path)
             if found.header.job != int(manifest.job, 16):
                 raise Damage(f"{path}: belongs to another job than {self.files.manifest.name}")
         except Damage as damage:
-            if not self.force:
+            if needed and not self.force:
                 raise self._damaged(damage, "to start again from the first row") from damage
-            logger.warning("%s; the job starts again from its first row", damage)
-            self.job.manifest = None
-            manifest.state = "running"
+            if needed:
+                logger.warning("%s; the job starts again from its first row", damage)
+                self._start_again()
             return
+        if needed:
+            self._tell_of_damage(found)
+        self.job._found = found
+        if found.header.round > manifest.round and manifest.state == "complete":
+            manifest.state = "running"  # it died as failed rows were about to run again
+
+    def _tell_of_damage(self, found: Replay) -> None:
         if found.damage:
             if not self.force:
                 raise self._damaged(found.damage, f"to go on from the {len(found.rows()):,} rows before it")
@@ -249,11 +264,10 @@ class _Opening:
         elif found.torn:
             logger.info(
                 "%s: the last %d bytes, from byte %d on, were not committed; their rows run again",
-                path, found.torn, found.size,
-            )  # fmt: skip
-        self.job._found = found
-        if found.header.round > manifest.round and manifest.state == "complete":
-            manifest.state = "running"  # it died as failed rows were about to run again
+                self.files.journal,
+                found.torn,
+                found.size,
+            )
 
     def _damaged(self, what: Damage | str, force: str) -> JobFilesError:
         return JobFilesError(f"{what}; choose another --output, or --force {force}")
@@ -266,9 +280,9 @@ class _Opening:
 
     # ---- a job that is complete ---------------------------------------------------------------------------
 
-    def _settle_complete(self, manifest: Manifest) -> None:
+    def _settle_complete(self, manifest: Manifest, *, again: bool) -> None:
         files = self.files
-        if self.force and not self.options.retry_errors:
+        if again:
             logger.info("%s: is complete; every row runs again", files.output)
             self._start_again()
             return
@@ -300,7 +314,7 @@ class _Opening:
             )
         rows = found.rows()
         rows = rows[rows["kind"] == Kind.ANSWER]
-        if keeps_lines(files.output):
+        if is_plain(files.output):
             rows = _in_file_order(rows, ordered=manifest.ordered)
             self._copy_answers()
         self._new_round(rows)
@@ -334,8 +348,6 @@ class _Opening:
     # ---- a job that is not --------------------------------------------------------------------------------
 
     def _settle_running(self, manifest: Manifest) -> None:
-        if self.job.manifest is None:
-            return
         files, found = self.files, self.job._found
         if found is None:
             if not self.force:

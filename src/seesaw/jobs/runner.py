@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from seesaw.core.errors import EngineError, JobFilesError, RequestError
 from seesaw.core.request import Request, RequestOutput
@@ -24,15 +25,20 @@ from seesaw.jobs.base import (
     RowFailure,
     RowReader,
 )
-from seesaw.jobs.requests import MODEL_NOT_FOUND, ModelNames, RequestMaker
+from seesaw.jobs.encoding.pool import EncoderPool, encoder_pool, spare_processes
+from seesaw.jobs.encoding.source import EncodedRow, EncodedRows, RefusedRow
+from seesaw.jobs.requests import INTERNAL_ERROR, MODEL_NOT_FOUND, ModelNames, RequestMaker
 from seesaw.jobs.resume import OpenJob, open_job
 from seesaw.jobs.sources.open import open_rows
 from seesaw.jobs.writer import Answer, JobWriter, SyncWindow
 
 logger = logging.getLogger(__name__)
 
-_STATUS = {MODEL_NOT_FOUND: 404, "internal_error": 500}
+_STATUS = {MODEL_NOT_FOUND: 404, INTERNAL_ERROR: 500}
 """HTTP status by code of a `RequestError`; all others are 400."""
+
+POOL_FROM_ROWS = 1000
+"""From this row on prompts are tokenised by other processes, which take more than a second to come up."""
 
 OnProgress = Callable[[JobProgress], None]
 
@@ -94,6 +100,7 @@ class _Pending:
     digest: int
     endpoint: Endpoint
     top: int
+    extra: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -110,6 +117,8 @@ class _Run:
     _pending: dict[str, _Pending] = field(default_factory=dict)
     _rows: int = 0
     """Read so far."""
+    _encoded: EncodedRows | None = None
+    """What is read ahead."""
     _skipped: int = 0
     """Of these, done before."""
     _changed: int = 0
@@ -182,7 +191,7 @@ class _Run:
             if output.error is not None:
                 self._refuse(row, output.request_id, output.error)
             else:
-                self._writer.answer(Answer(row.number, row.digest, row.endpoint, row.top, output))
+                self._writer.answer(Answer(row.number, row.digest, row.endpoint, row.top, output, row.extra))
         if self._pending:
             raise EngineError(
                 f"the engine ended without an answer to {len(self._pending)} rows; this is a bug"
@@ -195,21 +204,38 @@ class _Run:
             return None
         if limit is not None:
             left = min(left, limit - self._rows)
-        return max(0, left - (len(self.job.done) - self._skipped))
+        ahead = 0 if self._encoded is None else self._encoded.rows_ahead
+        return max(0, left + ahead - (len(self.job.done) - self._skipped))
 
     def _requests(self) -> Iterator[Request]:
         """The requests of all rows that are not done. Here rows become requests."""
         names = ModelNames(self.options.model, self.options.served_model_name)
         maker = RequestMaker(self.engine.tokenizer, self.engine.max_model_len, names)
+        pool = encoder_pool(self.engine.tokenizer, spare_processes(self.engine.busy_cores))
+        with EncodedRows(self._undone(maker, pool), maker, pool) as self._encoded:
+            for item in self._encoded:
+                match item:
+                    case EncodedRow(row, request):
+                        top = request.sampling.logprobs or 0
+                        self._pending[row.id] = _Pending(
+                            row.number, row.place, row.digest, row.endpoint, top, row.extra
+                        )
+                        yield request
+                    case RefusedRow(row, error):
+                        self._refuse(row, row.id, error)
+                    case _:
+                        self._writer.fail(item)
+
+    def _undone(self, maker: RequestMaker, pool: EncoderPool | None) -> Iterator[Row | RowFailure]:
+        """The rows that have no line yet. Where there are many, `pool` is started."""
         for row in islice(self.source, self.options.limit):
             self._rows += 1
-            if self._is_done(row):
-                if isinstance(row, Row):
-                    maker.skip(row)
-            elif isinstance(row, RowFailure):
-                self._writer.fail(row)
-            else:
-                yield from self._request(maker, row)
+            if not self._is_done(row):
+                if pool is not None and self._rows - self._skipped == POOL_FROM_ROWS:
+                    pool.start()
+                yield row
+            elif isinstance(row, Row):
+                maker.skip(row)
 
     def _is_done(self, row: Row | RowFailure) -> bool:
         """Whether the row has its line. Raises `JobFilesError` where it is not the row that was done."""
@@ -227,16 +253,6 @@ class _Run:
                 )
         return True
 
-    def _request(self, maker: RequestMaker, row: Row) -> Iterator[Request]:
-        try:
-            request = maker.make(row)
-        except RequestError as error:
-            self._refuse(row, row.id, error)
-            return
-        top = request.sampling.logprobs or 0
-        self._pending[row.id] = _Pending(row.number, row.place, row.digest, row.endpoint, top)
-        yield request
-
     def _refuse(self, row: Row | _Pending, row_id: str, error: RequestError) -> None:
         self._writer.fail(
             RowFailure(
@@ -247,6 +263,7 @@ class _Run:
                 message=f"{row.place}: {error}",
                 param=error.param,
                 status=_STATUS.get(error.code, 400),
+                extra=row.extra,
             )
         )
 

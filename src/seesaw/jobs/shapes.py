@@ -124,6 +124,8 @@ class BatchLine(msgspec.Struct, frozen=True):
     custom_id: str
     response: BatchResponse | None
     error: BatchError | None
+    extra: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    """What passed through from the row's input; left out where nothing did, as OpenAI's lines are."""
 
 
 def response_body(

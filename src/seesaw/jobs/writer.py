@@ -7,8 +7,9 @@ import secrets
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, Queue
+from typing import Any
 
 import msgspec
 
@@ -49,6 +50,8 @@ class Answer:
     endpoint: Endpoint
     top: int
     output: RequestOutput
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What passes through from the row."""
 
 
 class LineMaker:
@@ -71,25 +74,33 @@ class LineMaker:
             created=int(time.time()),
             model=self._model,
         )
-        return self._line(serial, row.output.request_id, BatchResponse(200, f"req_{serial}", body), None)
+        response = BatchResponse(200, f"req_{serial}", body)
+        return self._line(serial, row.output.request_id, response, None, row.extra)
 
     def failure(self, failure: RowFailure) -> bytes:
         """The line of a failed row: a response with a status, or an error where it was no request."""
         serial = self._next_serial()
         if failure.status is None:
-            return self._line(serial, failure.id, None, BatchError(failure.code, failure.message))
+            error = BatchError(failure.code, failure.message)
+            return self._line(serial, failure.id, None, error, failure.extra)
         kind = "server_error" if failure.status >= 500 else "invalid_request_error"
         body = ErrorBody(ApiError(failure.message, kind, failure.param, failure.code))
-        return self._line(serial, failure.id, BatchResponse(failure.status, f"req_{serial}", body), None)
+        response = BatchResponse(failure.status, f"req_{serial}", body)
+        return self._line(serial, failure.id, response, None, failure.extra)
 
     def _next_serial(self) -> str:
         self._lines += 1
         return f"{self._session}{self._lines:08x}"
 
     def _line(
-        self, serial: str, row_id: str, response: BatchResponse | None, error: BatchError | None
+        self,
+        serial: str,
+        row_id: str,
+        response: BatchResponse | None,
+        error: BatchError | None,
+        extra: dict[str, Any],
     ) -> bytes:
-        line = BatchLine(f"batch_req_{serial}", row_id, response, error)
+        line = BatchLine(f"batch_req_{serial}", row_id, response, error, extra or msgspec.UNSET)
         return self._encoder.encode(line) + b"\n"
 
 

@@ -6,21 +6,18 @@ every plan considered. plotly is imported where the page is written.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from seesaw.report.causes import CAUSES, PHASES, Job, time_text
+from seesaw.report.html import INK, Figure, definitions, document, figure_place, plain_layout, section
 from seesaw.report.ranking import answer, bound_text, job_of, kind
 from seesaw.report.text import describe_node, rate
 
 if TYPE_CHECKING:
     from seesaw.planning.candidates import Candidate, Ranking
-
-Figure = dict[str, Any]
-"""A figure as plotly takes it: `data` and `layout`."""
 
 MOST_PLANS = 10
 """Of the first figure."""
@@ -39,25 +36,15 @@ _COLOURS = {
 }
 """Blue and green: the devices work. Red and orange: they talk. Purple: KV or weights move. Grey: they wait."""
 _KINDS = {"re-shards": "#d1495b", "two phases": "#9d6ba6", "static": "#2f6690", "best static": "#2f6690"}
-_INK, _FAINT, _GRID = "#22303c", "#566370", "#e6e9ed"
 
 
 def page(ranking: Ranking, *, profile: Path | None, notes: Sequence[str]) -> str:
     """The page as HTML."""
-    from plotly.offline import get_plotlyjs
-
     figures = [
         ("Where the time goes", _TIME_CAPTION, time_figure(ranking)),
         ("Host buffer", _BUFFER_CAPTION, buffer_figure(ranking)),
         ("Every plan considered", _RATE_CAPTION, rate_figure(ranking)),
     ]
-    sections, scripts = [], []
-    for number, (title, caption, figure) in enumerate(figures):
-        if figure is None:
-            continue
-        name = f"figure{number}"
-        sections.append(f'<h2>{title}</h2>\n<p>{caption}</p>\n<div id="{name}" class="figure"></div>')
-        scripts.append(f"Plotly.newPlot({name!r}, {_script(figure | {'config': _CONFIG})});")
     about = {
         "model": ranking.model.describe(),
         "node": describe_node(ranking.hardware, profile),
@@ -65,19 +52,18 @@ def page(ranking: Ranking, *, profile: Path | None, notes: Sequence[str]) -> str
         "bound": bound_text(ranking),
     }
     rows = list(about.items()) + [("note", note) for note in (*ranking.notes, *notes)]
-    return _PAGE.format(
-        title=escape(f"{ranking.model.name} on {ranking.hardware.ranks} × {ranking.hardware.name}"),
-        answer=escape(answer(ranking)),
-        about="\n".join(f"<dt>{key}</dt><dd>{escape(text)}</dd>" for key, text in rows),
-        sections="\n".join(sections),
-        plotly=get_plotlyjs(),
-        scripts="\n".join(scripts),
+    body = [definitions(rows)]
+    body += [
+        section(title, caption, figure_place(f"figure{number}"))
+        for number, (title, caption, figure) in enumerate(figures)
+        if figure is not None
+    ]
+    return document(
+        title=f"{ranking.model.name} on {ranking.hardware.ranks} × {ranking.hardware.name}",
+        answer=answer(ranking),
+        body=body,
+        figures={f"figure{i}": figure for i, (_, _, figure) in enumerate(figures) if figure is not None},
     )
-
-
-def _script(value: object) -> str:
-    """As JSON that cannot end a script element."""
-    return json.dumps(value, ensure_ascii=False).replace("</", "<\\/")
 
 
 # ---- where the time goes ----------------------------------------------------------------------------------
@@ -105,7 +91,7 @@ def time_figure(ranking: Ranking) -> Figure:
             begin = _add_row(bars, row, begin, job, phase)
             row += 1
     longest = max(job.seconds for job in jobs)
-    layout = _layout("seconds of the job", "", height=90 + 26 * row, barmode="overlay")
+    layout = plain_layout("seconds of the job", "", height=90 + 26 * row, barmode="overlay")
     layout["xaxis"] |= {"range": [0, longest * 1.02]}
     layout["yaxis"] |= {
         "range": [row - 0.4, -0.6],
@@ -163,7 +149,7 @@ def _annotation(row: int, text: str) -> Figure:
         "xanchor": "left",
         "yanchor": "middle",
         "yshift": -3,
-        "font": {"size": 13, "color": _INK},
+        "font": {"size": 13, "color": INK},
     }
 
 
@@ -176,7 +162,7 @@ def buffer_figure(ranking: Ranking) -> Figure | None:
     points = list(job.replay.buffer)
     if not any(fill for _, fill in points):
         return None
-    layout = _layout("seconds of the replay", "of the host buffer in use", height=300)
+    layout = plain_layout("seconds of the replay", "of the host buffer in use", height=300)
     layout["xaxis"] |= {"range": [0, job.replay.seconds]}
     layout["yaxis"] |= {"tickformat": ".0%", "range": [0, 1.02]}
     area = {
@@ -203,7 +189,7 @@ def rate_figure(ranking: Ranking) -> Figure:
         trace["x"].append(place)
         trace["y"].append(candidate.rate)
         trace["text"].append(_dot_text(candidate))
-    layout = _layout("place", "tokens/s", height=380)
+    layout = plain_layout("place", "tokens/s", height=380)
     layout["xaxis"] |= {"range": [0.4, len(everyone) + 0.6], "tick0": 1, "dtick": -(-len(everyone) // 20)}
     layout["yaxis"] |= {"rangemode": "tozero", "tickformat": ",.0f"}
     static = ranking.best_static
@@ -217,7 +203,7 @@ def rate_figure(ranking: Ranking) -> Figure:
             "xanchor": "left",
             "ax": 26,
             "ay": -22,
-            "arrowcolor": _INK,
+            "arrowcolor": INK,
             "arrowwidth": 1,
             "arrowhead": 0,
         }
@@ -246,30 +232,6 @@ def _dot_text(candidate: Candidate) -> str:
     return f"<b>{escape(candidate.name)}</b><br>{rate(candidate.rate)} tokens/s, {how}"
 
 
-def _layout(x: str, y: str, **more: Any) -> Figure:
-    axis = {"gridcolor": _GRID, "zeroline": False, "linecolor": _GRID, "automargin": True}
-    return {
-        "font": {
-            "family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",
-            "size": 13,
-            "color": _INK,
-        },
-        "paper_bgcolor": "#ffffff",
-        "plot_bgcolor": "#ffffff",
-        "margin": {"l": 90, "r": 20, "t": 10, "b": 50},
-        "hoverlabel": {"bgcolor": "#ffffff", "bordercolor": _GRID, "font": {"color": _INK}, "align": "left"},
-        "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"},
-        "xaxis": {**axis, "title": _axis_title(x)},
-        "yaxis": {**axis, "title": _axis_title(y)},
-        **more,
-    }
-
-
-def _axis_title(text: str) -> Figure:
-    return {"text": text, "font": {"size": 13, "color": _FAINT}}
-
-
-_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
 _TIME_CAPTION = (
     "Seconds of the replayed plans by phase and cause, averaged over all pipeline stages. A phase's row begins where "
     "the one before it ended, so a plan's last row ends where its job does; phases alternate in truth. Click a cause "
@@ -283,39 +245,3 @@ _RATE_CAPTION = (
     "Prompt and output tokens per second. Full dots were replayed request by request by the twin, open ones "
     "estimated in closed form."
 )
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #22303c; margin: 0;
-  background: #f5f6f8; }}
-main {{ max-width: 1080px; margin: 0 auto; padding: 28px 36px 48px; background: #fff; }}
-h1 {{ font-size: 24px; margin: 0 0 6px; }}
-h2 {{ font-size: 18px; margin: 34px 0 2px; }}
-p {{ margin: 2px 0 8px; color: #566370; }}
-p.answer {{ font-size: 17px; color: inherit; font-weight: 600; margin: 0 0 14px; }}
-dl {{ display: grid; grid-template-columns: 84px 1fr; gap: 2px 12px; margin: 0; font-size: 14px; }}
-dt {{ color: #566370; }}
-dd {{ margin: 0; }}
-.figure {{ width: 100%; }}
-</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-<p class="answer">{answer}</p>
-<dl>
-{about}
-</dl>
-{sections}
-</main>
-<script>{plotly}</script>
-<script>
-{scripts}
-</script>
-</body>
-</html>
-"""

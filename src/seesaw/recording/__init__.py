@@ -1,0 +1,1 @@
+"""What a run leaves behind so that it explains itself: its trace, and its record beside the output."""
