@@ -26,7 +26,7 @@ def check_integrity(scheduler: Scheduler) -> None:
         _check_slots(replica)
     everywhere = [s.status for s in sequences]
     for queue, status in ((scheduler.waiting, Status.WAITING), (scheduler.hosted, Status.HOST)):
-        assert all([s.status is status for s in queue])
+        assert all(s.status is status for s in queue)
         assert len(queue) == everywhere.count(status), f"a sequence {status} is not queued"
     assert scheduler.swapping_out == everywhere.count(Status.SWAPPING_OUT)
 
