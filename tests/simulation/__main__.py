@@ -10,6 +10,9 @@ from tests.simulation.violations import Violation
 
 def main() -> int:
     """Print actions, completions and faults; at the end what was violated."""
+    if len(sys.argv) != 3:
+        print(__doc__)
+        return 2
     seed, size = int(sys.argv[1]), int(sys.argv[2])
     log: list[str] = []
     try:

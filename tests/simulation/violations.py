@@ -8,7 +8,7 @@ class Violation(AssertionError):
 
     def __init__(self, invariant: str, detail: str) -> None:
         super().__init__(f"{invariant}: {detail}")
-        self.invariant = invariant
+        self.invariant, self.detail = invariant, detail
 
 
 def hold(condition: object, invariant: str, detail: str) -> None:
