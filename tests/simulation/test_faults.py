@@ -35,7 +35,9 @@ def simulated(seed: int, size: int) -> Watch:
         return run(seed, size)
     except Violation as violation:
         again = f"python -m tests.simulation {seed} {size}"
-        raise Violation(violation.invariant, f"{violation.detail}\nseed {seed}; to repeat: {again}") from violation
+        raise Violation(
+            violation.invariant, f"{violation.detail}\nseed {seed}; to repeat: {again}"
+        ) from violation
 
 
 def many(seeds: range, size: int) -> Tally:
