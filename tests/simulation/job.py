@@ -16,9 +16,10 @@ from seesaw.rows import Rows
 from seesaw.scheduling.policies.phased import PhasedPolicy
 from seesaw.scheduling.scheduler import Scheduler
 from tests.simulation.ranks import Killed, Ranks
+from tests.simulation.room import fitting
 from tests.simulation.toy import Answer, ToyTokenizer, answers
 from tests.simulation.violations import Violation, hold
-from tests.simulation.watch import Watch, fitting
+from tests.simulation.watch import Watch
 from tests.simulation.world import Fault, Job, SourceError, job_of, random_plan, source
 
 if TYPE_CHECKING:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import product
 from typing import TYPE_CHECKING
 from zlib import crc32
 
 import msgspec
 
 from seesaw.core.actions import FEEDBACK, Action, Completion, CopiesDone, Forward, SwapIn, SwapOut, Transition
-from seesaw.core.errors import ConfigError, EngineError, WorkerError
-from seesaw.core.layout import Layout, Plan
-from seesaw.deployment import Deployment, transition_mode
+from seesaw.core.errors import EngineError, WorkerError
+from seesaw.deployment import Deployment
 from seesaw.engine import Engine
-from seesaw.planning.setup import Limits, set_up
-from seesaw.planning.shapes import PlannedModel
 from seesaw.scheduling.integrity import check_integrity
 from seesaw.scheduling.replica import Replica
 from seesaw.scheduling.scheduler import Scheduler
 from seesaw.scheduling.sequence import Sequence, Status
+from tests.simulation.room import fitting
 from tests.simulation.violations import Violation, hold
 
 if TYPE_CHECKING:
@@ -491,33 +487,3 @@ def _check_host(sequence: Sequence, size: int, host: Mapping[int, bytearray]) ->
     hold(
         found == bytes(sequence.tokens[: sequence.cached]), "kept", f"the host has other KV of {sequence.id}"
     )
-
-
-def fitting(deployment: Deployment, ranks: int, tokens: int, *, more_than: int = 0) -> int:
-    """The most ranks, of so many, for which some plan of the deployment's kind has room for a sequence of `tokens`;
-    0 if there is none with `more_than` ranks."""
-    options = deployment.options
-    limits = Limits(
-        device_memory=deployment.device_memory,
-        host_kv=deployment.host_kv,
-        policy=options.policy,
-        chunk=options.chunk,
-        max_running=deployment.scheduler.max_running,
-        block_size=options.block_size,
-        max_model_len=tokens,
-        transition=transition_mode(options),
-    )
-    model, separate = deployment.setup.model, deployment.plan.separate
-    counts = range(ranks, more_than, -1)
-    return next((count for count in counts if _fits(model, count, separate, limits)), 0)
-
-
-@lru_cache(maxsize=1 << 14)
-def _fits(model: PlannedModel, ranks: int, separate: bool, limits: Limits) -> bool:
-    every = Layout.all(ranks)
-    pairs = product(every, every) if separate else ((layout, layout) for layout in every)
-    for prefill, decode in pairs:
-        with suppress(ConfigError):
-            set_up(model, Plan(prefill, decode, separate=separate), "float32", limits)
-            return True
-    return False
