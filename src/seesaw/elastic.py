@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -11,25 +12,36 @@ from seesaw.core.layout import Layout, Plan
 from seesaw.deployment import Deployment, redeploy
 from seesaw.planning.setup import Limits
 
+logger = logging.getLogger(__name__)
+
+_SHORTER = (
+    "the ranks that are left have no room for sequences of %d tokens, which all of them had: from here on, rows that "
+    "need more than %d fail, and can be run again (--retry-errors) on more ranks"
+)
+
 
 def without(deployment: Deployment, error: WorkerError, *, longest: int) -> Deployment:
     """The same model under a plan for the ranks that are not `error.lost`, in the same memory of each.
 
-    As many ranks as can be used are; among their plans the one that comes first by `plans`. Sequences of `longest`
-    tokens must fit, and where some plan still has room for what was the most before, only such plans count. Raises
-    `WorkerError` if there is none.
+    As many ranks as can be used are; among their plans the one that comes first by `plans`. A plan must have room
+    for sequences as long as before. Where no plan has, and memory alone set that bound, sequences of `longest` tokens
+    must fit, and a log line says what is to be expected. Raises `WorkerError` if there is none.
     """
     places = tuple(place for rank, place in enumerate(deployment.places) if rank not in error.lost)
     before = deployment.memory.max_model_len
-    for tokens in (before, longest):
+    by_memory = deployment.options.max_model_len is None
+    for tokens in (before, longest) if by_memory else (before,):
         for ranks in range(len(places), 0, -1):
             left = replace(deployment, places=places[:ranks], measured="ranks were lost")
             for plan in plans(ranks, separate=deployment.plan.separate):
                 with suppress(ConfigError):
-                    return redeploy(left, plan, _limits(deployment, tokens))
+                    found = redeploy(left, plan, _limits(deployment, tokens))
+                    if tokens < before:
+                        logger.warning(_SHORTER, before, tokens)
+                    return found
     raise WorkerError(
         f"{error}; {_count(len(places))} left, on which no plan has room for the model and a sequence of "
-        f"{longest} tokens",
+        f"{longest if by_memory else before} tokens",
         rank=error.rank,
         phase=error.phase,
         details=error.details,

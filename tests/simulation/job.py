@@ -249,6 +249,8 @@ class _Run:
         self.watch.tally.no_layout += 1
         left = engine._deployment.plan.world - len(cause.lost)
         longest = max((s.limit for s in engine._scheduler.live()), default=1)
+        if engine._deployment.options.max_model_len is not None:
+            longest = engine._deployment.memory.max_model_len
         hold(not fitting(engine._deployment, left, longest), "recovery", f"{error}; yet there is a plan")
 
     def _check_refuses(self, engine: Engine) -> None:

@@ -445,6 +445,7 @@ class Watch:
         longest = max((s.limit for s in self._scheduler.live()), default=1)
         used, tokens = len(places), before.memory.max_model_len
         if deployment.memory.max_model_len < tokens:
+            hold(before.options.max_model_len is None, "recovery", "what was asked for no longer fits")
             hold(
                 not fitting(before, len(survivors), tokens),
                 "recovery",
