@@ -85,7 +85,9 @@ def test_one_of_two(plan: str, transport: str, model: Path, answers: Tokens) -> 
     assert [o.outputs[0].token_ids for o in again] == [answers[o.request_id] for o in again]
 
 
-@pytest.mark.parametrize("plan", ["P4->T4", "D2P2->D2T2", "T4"])
+@pytest.mark.parametrize(
+    "plan", ["P4->T4", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("D2P2->D2T2", "T4"))]
+)
 def test_four_two_one(plan: str, model: Path, answers: Tokens) -> None:
     """The second loss is of a rank that was started after the first."""
     with engine(model, plan) as (llm, workers):
@@ -105,7 +107,7 @@ def test_four_two_one(plan: str, model: Path, answers: Tokens) -> None:
     assert len(stats.rank_losses) >= 2 and world == 4 - lost, stats.rank_losses
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_at_any_moment(seed: int, model: Path, answers: Tokens) -> None:
     rng = random.Random(seed)
     plan, ranks = rng.choice((("P2->T2", 2), ("P4->T4", 4), ("D2->T2", 2)))
