@@ -137,7 +137,10 @@ class Meter:
     def end(self) -> None:
         """Book the time since `begin`."""
         self.host_seconds[self.activity] += time.thread_time() - self._processor
-        self._book(time.monotonic())
+        if (
+            self.activity != "idle"
+        ):  # else the ranks have been given their first work, and the first result says what
+            self._book(time.monotonic())
 
     def rest(self) -> None:
         """Nothing is served from here on, until `begin`."""
