@@ -12,6 +12,9 @@ from tests.simulation.mutations import MUTATIONS, Mutation
 from tests.simulation.violations import Violation
 from tests.simulation.watch import INVARIANTS
 
+# A violation leaves an engine in the middle of a step, which its generator meets again when it is collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 SEEDS = 400
 """Within so many jobs a mutation is caught."""
 TWICE = 5
