@@ -325,14 +325,10 @@ class Engine:
         if rows.ended:
             return  # there are no rows
         if not self._up:
-            self._change(wanted)
+            self._start_up(wanted)
             self._start_seconds = time.monotonic() - began
         elif wanted.setup != self._deployment.setup:
-            try:
-                self._rest()
-                self._change(wanted)
-            except WorkerError as error:
-                self._go_on_without(error)
+            self._start_up(wanted)
 
     def _plan_again(self, rows: Rows, auto: Auto) -> None:
         """Look for a better plan for what is left, and change over to it."""
@@ -347,6 +343,18 @@ class Engine:
         logger.debug("planning again took %.2f s", time.monotonic() - began)
 
     # ---- other ranks --------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Have the ranks of the deployment up, or those of another if some are lost meanwhile. Raises `StartupError`,
+        or `WorkerError` if the others cannot do without them."""
+        self._start_up(self._deployment)
+
+    def _start_up(self, wanted: Deployment) -> None:
+        try:
+            self._rest()
+            self._change(wanted)
+        except WorkerError as error:
+            self._go_on_without(error)
 
     def _go_on_without(self, error: WorkerError) -> None:
         """Have the ranks that are left take over. Raises `error`, or what comes of it, if that cannot be."""

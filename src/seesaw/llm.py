@@ -68,7 +68,7 @@ class LLM:
             deployment, self._node, self.tokenizer, start=self._node.start, auto=auto, trace=trace
         )
         if auto is None:
-            self._start(deployment)
+            self._start()
         self._start_seconds = time.monotonic() - started
         self._requests = 0
 
@@ -144,9 +144,9 @@ class LLM:
         """End the workers and free their memory. May be called twice."""
         self._close()
 
-    def _start(self, deployment: Deployment) -> None:
+    def _start(self) -> None:
         try:
-            self._node.start(deployment)
+            self._engine.start()
         except BaseException:
             self._close()
             raise

@@ -18,8 +18,10 @@ from seesaw import LLM, Request
 from seesaw.core.actions import SwapIn
 from seesaw.core.errors import ConfigError, WorkerError
 from seesaw.core.layout import Layout
+from seesaw.deployment import Deployment
 from seesaw.elastic import plans
 from seesaw.execution.liveness import Liveness
+from seesaw.launch import LocalNode
 from tests.engine.conftest import write_model
 from tests.engine.small_node import SMALL, rows
 from tests.engine.test_lifecycle import workers_of
@@ -130,6 +132,24 @@ def test_a_rank_that_hangs(model: Path, answers: Tokens) -> None:
     check(outputs, answers)
     assert loss.ranks == (0,) and "gave no sign of life for 2 s" in loss.reason
     assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+def test_a_rank_that_dies_as_it_starts(model: Path, answers: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, deaths = LocalNode.start, [(2,), (0,)]
+
+    def dying(self: LocalNode, deployment: Deployment) -> None:
+        start(self, deployment)
+        if deaths:
+            lost = deaths.pop(0)
+            raise WorkerError(f"ranks {lost} ended", rank=lost[0], phase="startup", lost=lost)
+
+    monkeypatch.setattr(LocalNode, "start", dying)
+    with engine(model, "P4->T4") as (llm, _):
+        first, second = llm.stats().rank_losses
+        outputs = list(llm.run(job()))
+    assert (first.before, first.after, second.after) == ("P4->T4", "P3->T3", "P2->T2")
+    assert (first.kept, first.restarted) == (0, 0)
+    check(outputs, answers)
 
 
 def test_no_layout_is_left(model: Path) -> None:
