@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,6 +150,18 @@ def test_a_rank_that_dies_as_it_starts(model: Path, answers: Tokens, monkeypatch
         outputs = list(llm.run(job()))
     assert (first.before, first.after, second.after) == ("P4->T4", "P3->T3", "P2->T2")
     assert (first.kept, first.restarted) == (0, 0)
+    check(outputs, answers)
+
+
+def test_a_rank_that_dies_before_it_has_work(model: Path, answers: Tokens) -> None:
+    """Nothing can be sent to it any more."""
+    with engine(model, "P2->T2") as (llm, workers):
+        workers[0].kill()
+        psutil.wait_procs(workers[:1], timeout=10)
+        time.sleep(0.3)  # until its connection is seen to be gone
+        outputs = list(llm.run(job()))
+        (loss,) = llm.stats().rank_losses
+    assert loss.ranks == (0,)
     check(outputs, answers)
 
 

@@ -211,7 +211,9 @@ class LocalExecutor:
     def _send(self, ranks: Iterable[int], message: ToWorker) -> None:
         data = self._encoder.encode(message)
         for rank in ranks:
-            self._ranks[rank].inbox.send(data)
+            # What waits to be sent has no limit: only a rank that has ended takes nothing, which `wait` will tell.
+            with contextlib.suppress(zmq.Again):
+                self._ranks[rank].inbox.send(data, zmq.NOBLOCK)
 
     def _receive(self, seconds: float) -> list[FromWorker]:
         """Messages that have arrived, but for signs of life; waits up to `seconds` for the first."""
