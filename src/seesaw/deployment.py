@@ -139,7 +139,7 @@ def resolve(options: Options) -> Deployment:
     device_memory, host_kv = _budgets(options, plan)
     measured = profile_at_hand(plan.world, options.device, dtype)
     model = stored_as(spec, dtype, Path(options.model).resolve().name)
-    setup = set_up(model, plan, dtype, _limits(options, device_memory, host_kv))
+    setup = set_up(model, plan, dtype, limits_of(options, device_memory, host_kv))
     if options.max_model_len is None and setup.memory.max_model_len < spec.max_position:
         logger.info("max_model_len is %d, what the memory budgets leave room for", setup.memory.max_model_len)
     return Deployment(
@@ -153,7 +153,8 @@ def resolve(options: Options) -> Deployment:
     )
 
 
-def _limits(options: Options, device_memory: int, host_kv: int) -> Limits:
+def limits_of(options: Options, device_memory: int, host_kv: int) -> Limits:
+    """The bounds of `options` within so many bytes of each rank, and of the host buffer."""
     return Limits(
         device_memory=device_memory,
         host_kv=host_kv,

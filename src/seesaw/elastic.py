@@ -9,8 +9,7 @@ from dataclasses import replace
 
 from seesaw.core.errors import ConfigError, WorkerError
 from seesaw.core.layout import Layout, Plan
-from seesaw.deployment import Deployment, redeploy
-from seesaw.planning.setup import Limits
+from seesaw.deployment import Deployment, limits_of, redeploy
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +29,14 @@ def without(deployment: Deployment, error: WorkerError, *, longest: int) -> Depl
     places = tuple(place for rank, place in enumerate(deployment.places) if rank not in error.lost)
     before = deployment.memory.max_model_len
     by_memory = deployment.options.max_model_len is None
+    room = limits_of(deployment.options, deployment.device_memory, deployment.host_kv)
     for tokens in (before, longest) if by_memory else (before,):
+        wanted = replace(room, max_running=deployment.scheduler.max_running, max_model_len=tokens)
         for ranks in range(len(places), 0, -1):
             left = replace(deployment, places=places[:ranks], measured="ranks were lost")
             for plan in plans(ranks, separate=deployment.plan.separate):
                 with suppress(ConfigError):
-                    found = redeploy(left, plan, _limits(deployment, tokens))
+                    found = redeploy(left, plan, wanted)
                     if tokens < before:
                         logger.warning(_SHORTER, before, tokens)
                     return found
@@ -57,19 +58,6 @@ def plans(ranks: int, *, separate: bool) -> Iterator[Plan]:
             continue
         for prefill in sorted(every, key=lambda layout: (-layout.pp, -layout.dp)):
             yield Plan(prefill, decode, separate=True)
-
-
-def _limits(deployment: Deployment, tokens: int) -> Limits:
-    options = deployment.options
-    return Limits(
-        device_memory=deployment.device_memory,
-        host_kv=deployment.host_kv,
-        policy=options.policy,
-        chunk=options.chunk,
-        max_running=deployment.scheduler.max_running,
-        block_size=options.block_size,
-        max_model_len=tokens,
-    )
 
 
 def _count(ranks: int) -> str:

@@ -139,7 +139,7 @@ class Meter:
         self.host_seconds[self.activity] += time.thread_time() - self._processor
         if (
             self.activity != "idle"
-        ):  # else the ranks have been given their first work, and the first result says what
+        ):  # else the ranks have their first work, and the first result says what it is
             self._book(time.monotonic())
 
     def rest(self) -> None:

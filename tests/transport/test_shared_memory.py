@@ -11,6 +11,7 @@ import torch
 from seesaw.core.errors import ConfigError
 from seesaw.transport import shared_memory
 from seesaw.transport.base import Transport
+from seesaw.transport.region import region_bytes
 from seesaw.transport.shared_memory import SharedMemoryTransport, cpu_quota, create_region
 from tests.transport.ranks import Setup, run_ranks
 
@@ -109,3 +110,14 @@ def test_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shared_memory.native_library() is None
     with pytest.raises(ConfigError, match="use 'gloo' or 'auto'"):
         create_region(2)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_the_size_of_a_region_is_what_a_preflight_counts_with(world: int) -> None:
+    """Its file, and what of it is touched at once, against `transport.region`."""
+    fd = create_region(world)
+    try:
+        size = os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+    assert region_bytes(world) < size < 1.01 * region_bytes(world)

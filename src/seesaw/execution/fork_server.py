@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -24,10 +23,10 @@ import threading
 import msgspec
 
 from seesaw.core.errors import StartupError
+from seesaw.core.process import die_with_parent
 from seesaw.execution.messages import WorkerConfig
 
 _LENGTH = struct.Struct("<I")
-_PR_SET_PDEATHSIG = 1
 
 
 class ForkServer:
@@ -90,11 +89,6 @@ def _receive(connection: socket.socket, count: int) -> bytes | None:
         parts.append(part)
         count -= len(part)
     return b"".join(parts)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends (Linux)."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _serve(connection: socket.socket) -> None:

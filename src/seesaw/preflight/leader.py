@@ -26,7 +26,7 @@ import msgspec
 import torch
 
 from seesaw.core.errors import SeesawError
-from seesaw.execution.fork_server import die_with_parent
+from seesaw.core.process import die_with_parent
 from seesaw.execution.placement import enter
 from seesaw.preflight.exercise import WrongDataError, exercise
 from seesaw.preflight.messages import MEET, PLACE, Check, Problem, Ready, Report, Verdict

@@ -19,14 +19,11 @@ from seesaw.core.units import format_bytes
 from seesaw.models.parameters import parameters
 from seesaw.preflight.findings import Finding
 from seesaw.preflight.system import Machine, group_limit_of, read_machine
+from seesaw.transport.region import OUTBOX_BYTES, region_bytes
 
 if TYPE_CHECKING:
     from seesaw.deployment import Deployment
 
-RING_BYTES = 320 << 20
-"""Address space of the shared-memory transport for each ordered pair of ranks; little of it is ever touched."""
-SLOT_BYTES = 1 << 20
-"""Of it, what each rank surely touches."""
 PROCESS_BYTES = 3 << 30
 """Address space that a process with torch has before it holds anything."""
 _BASE_FILES, _FILES_PER_RANK = 128, 24
@@ -58,7 +55,7 @@ class Needs:
     @property
     def certain(self) -> int:
         """What is taken before the first row."""
-        return sum(self.fixed) + self.shared_weights + (SLOT_BYTES * self.world if self.world > 1 else 0)
+        return sum(self.fixed) + self.shared_weights + (OUTBOX_BYTES * self.world if self.world > 1 else 0)
 
     @property
     def most(self) -> int:
@@ -73,8 +70,7 @@ class Needs:
     @property
     def address_space(self) -> int:
         """Of the process that maps most."""
-        rings = RING_BYTES * self.world * (self.world - 1)
-        return PROCESS_BYTES + self.largest_rank + self.host_buffer + self.mapped + rings
+        return PROCESS_BYTES + self.largest_rank + self.host_buffer + self.mapped + region_bytes(self.world)
 
 
 def needs_of(deployment: Deployment) -> Needs:
@@ -185,8 +181,7 @@ def address_space(needs: Needs, machine: Machine) -> Finding | None:
 def file_size(needs: Needs, machine: Machine) -> Finding | None:
     """`ulimit -f`, which holds for shared memory as well."""
     limit = machine.limits.get("-f")
-    rings = (RING_BYTES * (needs.world - 1) + SLOT_BYTES) * needs.world if needs.world > 1 else 0
-    largest = max(needs.host_buffer, needs.shared_weights, rings)
+    largest = max(needs.host_buffer, needs.shared_weights, region_bytes(needs.world))
     if limit is None or largest <= limit:
         return None
     what = f"file size: shared memory of {_text(largest)} is needed, and ulimit -f allows {_text(limit)}"

@@ -66,7 +66,7 @@ class _Collector:
         yield from _memory(stats)
 
 
-def _rows(stats: Any, counts: Counts) -> Iterator[Metric]:
+def _rows(stats: EngineStats, counts: Counts) -> Iterator[Metric]:
     states = {"answered": counts.answered, "failed": counts.failed}
     yield _counter("rows", "Rows that have their line, by state", states, label="state")
     if counts.total is not None:
@@ -77,10 +77,10 @@ def _rows(stats: Any, counts: Counts) -> Iterator[Metric]:
     yield _counter("output_tokens", "Tokens generated", stats.tokens_sampled)
 
 
-def _work(stats: Any) -> Iterator[Metric]:
+def _work(stats: EngineStats) -> Iterator[Metric]:
     yield _gauge("phase", "What the ranks are doing", _one_hot(stats.phase), label="phase")
     yield _gauge("plan_info", "The plan that runs", {stats.plan: 1}, label="plan")
-    by_phase = {
+    by_phase: dict[str, tuple[str, Mapping[str, float]]] = {
         "phase_seconds": ("Time by what the ranks were doing", stats.wall_seconds),
         "rank_wait_seconds": ("Time that the control process waited for the ranks", stats.seconds_per_phase),
         "control_seconds": ("Processor time of the control process's loop", stats.host_seconds),
@@ -98,7 +98,7 @@ def _work(stats: Any) -> Iterator[Metric]:
     yield _counter("rank_losses", "Ranks lost", sum(len(loss.ranks) for loss in stats.rank_losses))
 
 
-def _memory(stats: Any) -> Iterator[Metric]:
+def _memory(stats: EngineStats) -> Iterator[Metric]:
     moved = {"out": stats.swapped_out_bytes, "in": stats.swapped_in_bytes}
     yield _counter("swapped_bytes", "KV copied to the host buffer and back", moved, label="direction")
     yield _gauge("host_kv_used_bytes", "Host buffer in use", stats.host_kv_used_bytes)

@@ -14,20 +14,10 @@ from seesaw.core.errors import ConfigError, MemoryBudgetError
 from seesaw.native import build
 from seesaw.transport.base import Members
 from seesaw.transport.calls import CHANNELS, DONE, Closed, member_array, run_to_end, sum_type
-
-SLOT_BYTES = 512 << 10
-"""An outbox slot: the chunk of a large all-reduce. Two slots per rank; they stay in the caches."""
+from seesaw.transport.region import BLOCK_BYTES, BLOCKS, SLOT_BYTES
 
 ONE_ROUND_BYTES = 32 << 10
 """Up to here every member reads what all others have; above, each adds up a share and all copy the shares."""
-
-BLOCK_BYTES = (256 << 10, 16 << 10)
-BLOCKS = (1024, 4096)
-"""Per channel, what a ring holds: 256 MiB of hidden states, 64 MiB of sampled tokens, per ordered pair of ranks.
-
-A message takes whole blocks, the lowest that are free, so only as many pages are ever touched as were under way
-at one time: the rest of the region costs address space alone.
-"""
 
 SPIN_SECONDS = 30e-6
 """How long a waiting rank spins before it sleeps, where every rank has a core of its own."""

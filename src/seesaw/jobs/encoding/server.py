@@ -10,7 +10,6 @@ killed, the kernel kills its encoders.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
@@ -21,10 +20,9 @@ from typing import Any, cast
 
 import msgspec
 
+from seesaw.core.process import die_with_parent
 from seesaw.jobs.base import Encoder
 from seesaw.jobs.encoding.wire import LENGTH, Setup, encode_items, framed
-
-_PR_SET_PDEATHSIG = 1
 
 
 def load_encoder(setup: Setup) -> Encoder:
@@ -65,7 +63,7 @@ def _fork(control: socket.socket, connection: socket.socket, encoder: Encoder) -
         return
     code = 1
     try:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        die_with_parent()
         control.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getppid() == server:  # else it died before the line above, and nobody would tell
