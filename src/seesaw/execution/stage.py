@@ -6,13 +6,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from seesaw.attention.base import AttentionBackend
-from seesaw.core.actions import Forward, ForwardDone
+from seesaw.core.actions import ChosenToken, Forward, ForwardDone
 from seesaw.core.model_spec import ModelSpec
+from seesaw.device.base import Device
 from seesaw.execution.collectives import PipelineLinks, TensorParallelGroup
 from seesaw.execution.sampler import Sampler, SampleResult
 from seesaw.execution.slots import Inputs, SlotTables
@@ -55,13 +57,15 @@ class Stage:
         attention: AttentionBackend,
         operators: Operators,
         block_size: int,
+        device: Device,
     ) -> None:
         self.view = view
+        self._device = device
         self._spec, self._dtype, self._group = spec, dtype, group
         self._vocab_widths = vocab_widths
         self._decoder = Decoder(spec, view, weights, group, operators)
         self._pool, self._attention = pool, attention
-        self._slots = SlotTables(block_size)
+        self._slots = SlotTables(block_size, device)
         self._links = PipelineLinks(view, group.transport)
         self._operators = operators
         self._sampler = Sampler(spec.vocab, operators.argmax) if view.rank == view.sampler_rank else None
@@ -70,8 +74,11 @@ class Stage:
         self._expected: deque[Forward] = deque()
         """Forwards whose sampled tokens the last stage will send to this rank, oldest first."""
 
-    def run(self, forward: Forward, after_attention: Callable[[int], None] | None) -> ForwardDone | None:
-        """Run one micro-batch; the rank that samples returns what is reported of it."""
+    def run(
+        self, forward: Forward, after_attention: Callable[[int], None] | None
+    ) -> Callable[[], ForwardDone] | None:
+        """Launch one micro-batch. The rank that samples returns what makes its report, to be called when the
+        device's compute stream has done what was launched."""
         started = time.perf_counter()
         self._open_and_close(forward)
         with torch.inference_mode():
@@ -87,10 +94,8 @@ class Stage:
             result = self._sample(forward, hidden)
             if self._sampler is None:
                 return None
-            model = time.perf_counter() - prepared
-            tokens = result.tokens.tolist()
-            host = time.perf_counter() - started - model
-            return ForwardDone(forward.id, tokens, result.logprobs, host_seconds=host)
+            tokens = self._device.download(result.tokens)
+            return partial(_report, forward.id, tokens, result.logprobs, prepared - started)
 
     def finish(self) -> None:
         """Take in and send out whatever is still between the stages."""
@@ -112,7 +117,7 @@ class Stage:
     def _compute(self, inputs: Inputs, after_attention: Callable[[int], None] | None) -> Tensor:
         """What leaves this stage: hidden states of all tokens, or on the last one of those to be sampled."""
         if self.view.first_stage:
-            hidden = self._decoder.embed(torch.from_numpy(inputs.tokens))
+            hidden = self._decoder.embed(inputs.tokens)
         else:
             hidden = self._links.receive_hidden(len(inputs.tokens), self._spec.hidden, self._dtype)
         attend = _PagedAttend(self._attention, self._pool, self._spec, self.view.layers.start, inputs)
@@ -153,7 +158,7 @@ class Stage:
     def _feed_back(self, slots: list[int], tokens: Tensor) -> None:
         """Give the sampled tokens to the first stage: this rank's own group, or ranks at the far end."""
         if self.view.first_stage:
-            self._slots.set_latest(slots, self._group.broadcast_tokens(tokens).numpy())
+            self._slots.set_latest(slots, self._group.broadcast_tokens(tokens))
         elif self._sampler is not None:
             self._links.send_tokens(tokens)
 
@@ -165,4 +170,13 @@ class Stage:
         while self._expected and (until is None or self._expected[0].id <= until):
             forward = self._expected.popleft()
             tokens = self._links.receive_tokens(len(forward.sampled))
-            self._slots.set_latest([forward.slots[i] for i in forward.sampled], tokens.numpy())
+            self._slots.set_latest([forward.slots[i] for i in forward.sampled], tokens)
+
+
+def _report(
+    forward: int, tokens: Tensor, logprobs: list[ChosenToken | None], preparing: float
+) -> ForwardDone:
+    """Of a micro-batch whose `tokens` have come to the host; `preparing` seconds went to its inputs."""
+    started = time.perf_counter()
+    listed = tokens.tolist()
+    return ForwardDone(forward, listed, logprobs, host_seconds=preparing + time.perf_counter() - started)

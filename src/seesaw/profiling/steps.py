@@ -16,6 +16,7 @@ from seesaw.attention.select import create_attention
 from seesaw.core.actions import Forward, SlotInit
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType, ModelSpec, RopeSpec
+from seesaw.device.select import open_device
 from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.stage import Stage
 from seesaw.kv.device_pool import DevicePool
@@ -123,6 +124,7 @@ def _stage(
         attention=attention,
         operators=operators,
         block_size=_BLOCK_SIZE,
+        device=open_device(device),
     )
 
 
