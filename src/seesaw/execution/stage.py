@@ -66,7 +66,7 @@ class Stage:
         self._decoder = Decoder(spec, view, weights, group, operators)
         self._pool, self._attention = pool, attention
         self._slots = SlotTables(block_size, device)
-        self._links = PipelineLinks(view, group.transport)
+        self._links = PipelineLinks(view, group.transport, device.torch)
         self._operators = operators
         self._sampler = Sampler(spec.vocab, operators.argmax) if view.rank == view.sampler_rank else None
         self._particular: set[int] = set()
@@ -132,7 +132,7 @@ class Stage:
     def _sample(self, forward: Forward, rows: Tensor) -> SampleResult:
         """Sample, and give the tokens to the first stage. Only the sampler's rank gets the true result."""
         slots = [forward.slots[i] for i in forward.sampled]
-        result = SampleResult(torch.empty(len(slots), dtype=torch.int64), [])
+        result = SampleResult(torch.empty(len(slots), dtype=torch.int64, device=self._device.torch), [])
         if not slots:
             return result
         local = self._decoder.logits(rows)

@@ -102,7 +102,7 @@ class Worker:
         )
         self._weights.load(self._shardings[0])
         self._check_weights()
-        self._pool = DevicePool(max(self._pool_bytes(i) for i in range(len(self._views))))
+        self._pool = DevicePool(max(self._pool_bytes(i) for i in range(len(self._views))), device.torch)
         self._host = self._attach_host_buffer()
         self._copies = CopyEngine(device)
         self._current = 0

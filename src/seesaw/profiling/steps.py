@@ -111,7 +111,8 @@ def _stage(
     weights = RankWeights(spec, store, cast(DType, dtype), 0, device=device)
     weights.load(sharding)
     shape = (_BLOCKS, spec.layers, spec.kv_heads, _BLOCK_SIZE, spec.head_dim)
-    pool = DevicePool(2 * torch.Size(shape).numel() * element.itemsize)
+    place = open_device(device)
+    pool = DevicePool(2 * torch.Size(shape).numel() * element.itemsize, place.torch)
     pool.view(*shape, element)
     return Stage(
         spec=spec,
@@ -124,7 +125,7 @@ def _stage(
         attention=attention,
         operators=operators,
         block_size=_BLOCK_SIZE,
-        device=open_device(device),
+        device=place,
     )
 
 
