@@ -14,7 +14,7 @@ _ENTRY = np.dtype([("bits", "<u4"), ("rest", f"V{_ENTRY_BYTES - 4}")])
 _bits = struct.Struct("<I").unpack_from
 _FIRST_BUCKETS = 16
 _ENTRIES = 64
-"""In a bucket, on average: few enough to be searched in half a microsecond, enough to outweigh what a bucket costs."""
+"""In a bucket, on average: few enough to be searched quickly, enough to outweigh what a bucket itself takes."""
 
 
 class IdIndex:

@@ -5,8 +5,8 @@ A source of a format yields `Record`s; here each becomes exactly one `Row` or `R
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec

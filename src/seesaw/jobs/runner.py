@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import msgspec
+
 from seesaw.core.errors import EngineError, JobFilesError, RequestError
 from seesaw.core.request import Request, RequestOutput
 from seesaw.core.stats import EngineStats
@@ -91,8 +93,7 @@ def complete_summary(job: OpenJob, stats: EngineStats) -> JobSummary:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
+class _Pending(msgspec.Struct, frozen=True, gc=False):
     """What is kept of a row while the engine has it: how to answer it."""
 
     number: int

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Any
 
@@ -41,8 +41,7 @@ class SyncWindow:
     rows: int = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """The answer of a row. `top` is the number of alternatives its log-probabilities report."""
 
     number: int
@@ -50,7 +49,7 @@ class Answer:
     endpoint: Endpoint
     top: int
     output: RequestOutput
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = {}
     """What passes through from the row."""
 
 

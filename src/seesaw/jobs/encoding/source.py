@@ -27,8 +27,7 @@ _MOST_DEATHS = 2
 """Encoders that a row may cost while it is alone in its batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
+class EncodedRow(msgspec.Struct, frozen=True, gc=False):
     """A row and its request."""
 
     row: Row
