@@ -63,6 +63,9 @@ class Endpoint(Enum):
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
 
+    __hash__ = object.__hash__
+    """Of the member itself: an enum's own looks its name up each time."""
+
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A line that has the outer shape of a request. `body` is as it stands in the file, unchecked."""
