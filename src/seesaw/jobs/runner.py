@@ -43,6 +43,9 @@ _STATUS = {MODEL_NOT_FOUND: 404, INTERNAL_ERROR: 500}
 POOL_FROM_ROWS = 1000
 """From this row on prompts are tokenised by other processes, which take more than a second to come up."""
 
+_YOUNG_OBJECTS = 50_000
+"""More objects than the steps of a job make and end again: only then is it worth to look for garbage among them."""
+
 OnProgress = Callable[[JobProgress], None]
 
 
@@ -79,15 +82,21 @@ def run_opened(
 
 @contextmanager
 def _settled_heap() -> Iterator[None]:
-    """Garbage is looked for among what is made meanwhile alone: the modules that are loaded are far more, and stay."""
-    if gc.get_freeze_count():  # the caller has done so, and may not want it undone
-        yield
-        return
-    gc.freeze()
+    """Python looks for garbage less often, and among what is made meanwhile alone.
+
+    Rows in flight are many objects, and no garbage; what was loaded before them is far more, and stays.
+    """
+    first, *later = gc.get_threshold()
+    frozen = gc.get_freeze_count() > 0  # by the caller, who may not want it undone
+    gc.set_threshold(max(first, _YOUNG_OBJECTS) if first else 0, *later)
+    if not frozen:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
+        gc.set_threshold(first, *later)
 
 
 def complete_summary(job: OpenJob, stats: EngineStats) -> JobSummary:
