@@ -242,6 +242,29 @@ def test_the_collector_is_as_it_was_after_a_job(job: JobOptions) -> None:
         gc.unfreeze()
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        b'{"id": "r%d", "prompt": "a"}',
+        b'{"id": "r%d", "prompt": ""}',
+        b'{"id": "r%d", "prompt": "a", "nonsense": 1}',
+        b'{"id": "r%d", "messages": [{"a": 1}]}',
+        b'{"id": "r%d", "prompt": "' + b"x" * 300 + b'"}',
+        b'{"id": "r%d", ',
+        b'{"id": "r1", "prompt": "%d"}',
+    ],
+)
+def test_rows_go_without_the_garbage_collector(row: bytes, job: JobOptions) -> None:
+    job.input.write_bytes(b"".join(row % i + b"\n" for i in range(500)))
+    gc.collect()
+    gc.disable()
+    try:
+        run_job(EchoEngine(), job)
+        assert gc.collect() < 400
+    finally:
+        gc.enable()
+
+
 def test_two_jobs_cannot_write_one_file(job: JobOptions) -> None:
     with open_job(job) as opened, open_job(job) as late:
         opened.start()
