@@ -46,7 +46,7 @@ class Flight:
     last: list[Sequence]
     """Those whose limit its token reaches."""
     stops: bool
-    """Whether there are tokens that would end one of them."""
+    """Whether a token may end one of them."""
 
 
 @dataclass(slots=True)
@@ -72,6 +72,7 @@ class BatchBuilder:
     _copied: list[Sequence] = field(default_factory=list)
     _last: list[Sequence] = field(default_factory=list)
     _feedback_from: int = -1
+    _stops: bool = False
     _closing: int = field(init=False)
     """Slots given up before this Forward was begun; later ones may be in it still."""
 
@@ -88,6 +89,7 @@ class BatchBuilder:
         self._tokens.extend(sequence.tokens[start : start + count])
         last = start + count == len(sequence.tokens)
         if last:
+            self._stops = self._stops or bool(sequence.stop_ids)
             self._sampled.append(len(self.sequences))
             if start + count + 1 >= sequence.limit:
                 self._last.append(sequence)
@@ -116,6 +118,7 @@ class BatchBuilder:
         else:
             self._tokens.extend([s.tokens[-1] for s in running[:old]])
         self._feed_tokens(running[old:])
+        self._stops = self._stops or lockstep.stops
         self._last.extend(last)
         self._step(running)
 
@@ -124,6 +127,7 @@ class BatchBuilder:
         for sequence in [s for s in running if s.untold]:
             self._tell_blocks(sequence)
         self._feed_tokens(running)
+        self._stops = self._stops or any(s.stop_ids for s in running)
         self._last.extend([s for s in running if s.cached + 2 >= s.limit])
         self._step(running)
 
@@ -153,8 +157,8 @@ class BatchBuilder:
             state = sampling_state(sequence, self.seed)
             self._open.append(SlotInit(sequence.slot, list(sequence.device_blocks), state))
         else:
-            fresh = sequence.device_blocks[sequence.known_blocks :]
-            self._new_blocks.extend((sequence.slot, block) for block in fresh)
+            for block in sequence.device_blocks[sequence.known_blocks :]:
+                self._new_blocks.append((sequence.slot, block))
         sequence.known_blocks = len(sequence.device_blocks)
         sequence.untold = False
 
@@ -191,6 +195,5 @@ class BatchBuilder:
         )
         everyone = self.sequences
         sampled = everyone if len(self._sampled) == len(everyone) else [everyone[i] for i in self._sampled]
-        stops = any(s.stop_ids for s in sampled)
-        flight = Flight(self.replica, self.group, everyone, sampled, self._last, stops)
+        flight = Flight(self.replica, self.group, everyone, sampled, self._last, self._stops)
         return forward, flight, self._copied

@@ -7,6 +7,7 @@ asked for. So a calendar says at which step each has to be looked at; at all oth
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 
 from seesaw.scheduling.sequence import Sequence, Status
@@ -23,13 +24,16 @@ class Lockstep:
         """How many members, the last ones, were not in it."""
         self.uneven = False
         """Whether others were not in it either."""
+        self.stops = False
+        """Whether a token may end a member, or one that has left."""
         self._steps = 0
-        self._calendar: dict[int, list[Sequence]] = {}
+        self._calendar: defaultdict[int, list[Sequence]] = defaultdict(list)
 
     def add(self, sequence: Sequence) -> None:
         """A sequence of the group decodes from now on."""
         self.members.append(sequence)
         self.fresh += 1
+        self.stops = self.stops or bool(sequence.stop_ids)
         self._look(sequence, 0)
 
     def remove(self, sequence: Sequence) -> None:
@@ -101,4 +105,4 @@ class Lockstep:
     def _look(self, sequence: Sequence, steps: int) -> None:
         """Look at a member after so many steps."""
         sequence.lockstep, sequence.due_step = self, self._steps + steps
-        self._calendar.setdefault(sequence.due_step, []).append(sequence)
+        self._calendar[sequence.due_step].append(sequence)

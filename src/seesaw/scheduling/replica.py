@@ -102,11 +102,11 @@ class Replica:
         """Give a resident one more block; False if none is free."""
         if self.pool.free == 0:
             return False
-        before = _growth(sequence)
+        if sequence.expected_blocks - len(sequence.device_blocks) > 1:
+            self._growth -= 1  # else one more is expected as before
         sequence.device_blocks.append(self.pool.take())
         sequence.capacity += self._block_size
         sequence.untold = True
-        self._growth += _growth(sequence) - before
         return True
 
     def growth(self, mean_output: int) -> int:
