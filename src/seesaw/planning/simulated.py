@@ -86,8 +86,8 @@ class _Rows:
 
     costs: list[Cost]
     """All but attention, by kind of stage."""
-    booked: list[tuple[int, float]]
-    """What the accounts get of that: causes and seconds, averaged over all stages."""
+    booked: dict[int, float]
+    """What the accounts get of that: seconds by cause, averaged over all stages."""
     hand_over: float
     """Seconds between two stages."""
 
@@ -116,12 +116,11 @@ class _Stages:
         found = self._rows.get((tokens, sampled))
         if found is None:
             costs = [self.cost.by_rows(stage, tokens, sampled) for stage in self.examples]
-            booked = [
-                (cause, weight * seconds)
-                for cost, weight in zip(costs, self.weights, strict=True)
-                for cause, seconds in zip(_WORK, _seconds_of(cost), strict=True)
-                if seconds
-            ]
+            booked: dict[int, float] = {}
+            for cost, weight in zip(costs, self.weights, strict=True):
+                for cause, seconds in zip(_WORK, _seconds_of(cost), strict=True):
+                    if seconds:
+                        booked[cause] = booked.get(cause, 0.0) + weight * seconds
             hand_over = self.cost.hand_over(tokens) if len(self.kinds) > 1 else 0.0
             found = self._rows[tokens, sampled] = _Rows(costs, booked, hand_over)
         return found
@@ -365,7 +364,7 @@ class SimulatedExecutor:
 def _book(replica: _Replica, passage: _Passage, sums: list[float]) -> None:
     """Book a Forward that lies within one phase."""
     shape = replica.shape
-    for cause, seconds in passage.rows.booked:
+    for cause, seconds in passage.rows.booked.items():
         sums[cause] += seconds
     for seconds, weight in zip(passage.attention, shape.weights, strict=True):
         sums[ATTENTION] += weight * seconds

@@ -62,16 +62,17 @@ class Lockstep:
         """
         last = []
         for sequence in due:
-            left = sequence.limit - 2 - sequence.cached
+            cached = sequence.cached
+            left = sequence.limit - 2 - cached
             if left < 0:
                 self.remove(sequence)  # nothing more is to be fed
                 continue
-            if sequence.cached >= sequence.capacity and not grow(sequence):
+            if cached >= sequence.capacity and not grow(sequence):
                 return None
             if left == 0:
                 last.append(sequence)
             else:
-                self._look(sequence, min(left, sequence.capacity - sequence.cached))
+                self._look(sequence, min(left, sequence.capacity - cached))
         return last
 
     def stepped(self, forward: int, last: list[Sequence]) -> None:

@@ -239,8 +239,8 @@ class Scheduler:
             for sequence, chosen in zip(flight.sampled, done.logprobs, strict=True):
                 if chosen is not None and sequence.status is not Status.FINISHED:
                     sequence.logprobs.append(chosen)
-        running = Status.RUNNING
-        leaving = [s for s in flight.sequences if s.status is not running]  # a token's end settles the others
+        # Who has left keeps blocks while in flight. Who ends by the token that has come is settled there and then.
+        leaving = [s for s in flight.sequences if s.group < 0] if replica.leaving_blocks else []
         updated = self._append(flight, done.tokens, bool(leaving))
         for sequence in leaving:
             self._settle(sequence)
