@@ -98,8 +98,7 @@ class BatchBuilder:
         self._starts.append(start)
         self._counts.append(count)
         self.tokens_fed += count
-        sequence.cached = start + count
-        sequence.last_forward = self.id
+        sequence.feed(count, self.id)
         return last
 
     def feed_all(self, lockstep: Lockstep, due: list[Sequence], last: list[Sequence]) -> None:
@@ -120,16 +119,19 @@ class BatchBuilder:
         self._feed_tokens(running[old:])
         self._stops = self._stops or lockstep.stops
         self._last.extend(last)
-        self._step(running)
+        slots, starts = lockstep.columns()
+        self._step(running, slots, starts)
 
     def feed_some(self, running: list[Sequence]) -> None:
-        """Add a decode step of each of these sequences, whatever they were in before; their device blocks exist."""
+        """Add a decode step of each of these sequences, which are in no lockstep; their device blocks exist."""
         for sequence in [s for s in running if s.untold]:
             self._tell_blocks(sequence)
         self._feed_tokens(running)
         self._stops = self._stops or any(s.stop_ids for s in running)
         self._last.extend([s for s in running if s.cached + 2 >= s.limit])
-        self._step(running)
+        self._step(running, [s.slot for s in running], [s.cached for s in running])
+        for sequence in running:
+            sequence.feed(1, self.id)
 
     def _feed_tokens(self, running: list[Sequence]) -> None:
         """The next token of each, if it has come back."""
@@ -137,19 +139,14 @@ class BatchBuilder:
         self._tokens.extend([s.tokens[s.cached] if s.cached < len(s.tokens) else FEEDBACK for s in running])
         self._feedback_from = max(self._feedback_from, *asked) if asked else self._feedback_from
 
-    def _step(self, running: list[Sequence]) -> None:
-        """Passes over lists, since this runs once for each token that is generated."""
-        self._slots.extend([s.slot for s in running])
-        self._starts.extend([s.cached for s in running])
-        self._counts.extend([1] * len(running))
-        first = len(self.sequences)
-        self._sampled.extend(range(first, first + len(running)))
+    def _step(self, running: list[Sequence], slots: list[int], starts: list[int]) -> None:
+        first, count = len(self.sequences), len(running)
+        self._slots.extend(slots)
+        self._starts.extend(starts)
+        self._counts.extend([1] * count)
+        self._sampled.extend(range(first, first + count))
         self.sequences.extend(running)
-        self.tokens_fed += len(running)
-        id = self.id
-        for sequence in running:
-            sequence.cached += 1
-            sequence.last_forward = id
+        self.tokens_fed += count
 
     def _tell_blocks(self, sequence: Sequence) -> None:
         if sequence.slot < 0:

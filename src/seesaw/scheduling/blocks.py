@@ -39,8 +39,10 @@ class BlockPool:
         self._least_free = min(self._least_free, len(self._free))
         return taken
 
-    def take(self) -> int:
-        """Take one block; otherwise as `allocate`."""
+    def take(self) -> int | None:
+        """Take one block, which is the caller's until it releases it; None if none is free."""
+        if not self._free:
+            return None
         block = self._free.pop()
         if len(self._free) < self._least_free:
             self._least_free = len(self._free)
