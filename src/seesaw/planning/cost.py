@@ -268,4 +268,3 @@ class LayoutCost:
         return self.hardware.all_reduce[self.layout.tp](
             rows * self.model.spec.hidden * self._activation_bytes
         )
-
