@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DTYPE_BYTES
 from seesaw.core.units import format_bytes
+from seesaw.core.workspace import logit_rows
 from seesaw.planning.demand import MODES, Demand
+from seesaw.planning.device_costs import HOST, DeviceCosts, Load, Parts
 from seesaw.planning.shapes import PlannedModel
 from seesaw.weights.changes import Mode
 
 Pair = tuple[int, int]
 """Of (prefill, decode)."""
+_NAMED = 4
+"""Parts that a refusal names, the largest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,24 +35,48 @@ class MemoryBudget:
     """Whether every sequence passes through the host buffer."""
     mode: Mode | None
     """How weights change over; None chooses `resident` if that leaves KV room enough, else `delta`."""
+    costs: DeviceCosts = HOST
+    """What the device takes beside the model."""
 
 
 class Books:
-    """A budget and what a model takes of it."""
+    """A budget and what a model takes of it under a plan's layouts (prefill, decode)."""
 
-    def __init__(self, model: PlannedModel, dtype: str, budget: MemoryBudget) -> None:
+    def __init__(
+        self, model: PlannedModel, dtype: str, budget: MemoryBudget, layouts: tuple[Layout, Layout]
+    ) -> None:
         self.model = model
         self.budget = budget
         self.host_blocks = budget.host_kv // (model.kv_bytes_per_token() * budget.block_size)
         self._tokens = max(budget.max_batch_tokens, budget.max_running) * DTYPE_BYTES[dtype]
-
-    def workspace(self, rank: Demand) -> int:
-        """Bytes for activations of one batch and for float32 logits."""
-        running = 4 * self.budget.max_running
-        return max(
-            self._tokens * rank.width[0] + running * rank.logits[0],
-            self._tokens * rank.width[1] + running * rank.logits[1],
+        self._logits = 4 * min(budget.max_running, logit_rows(model.spec.vocab))
+        self._load = Load(
+            layouts=layouts,
+            element=DTYPE_BYTES[dtype],
+            batch_tokens=budget.max_batch_tokens,
+            running=budget.max_running,
+            sequence_blocks=-(-(budget.max_model_len or model.spec.max_position) // budget.block_size),
+            head_dim=model.spec.head_dim,
         )
+
+    def parts(self, rank: Demand, mode: Mode) -> Parts:
+        """What a rank takes beside weights and KV: activations of one batch, the float32 logits of as many rows as
+        are computed at once, and what the device takes."""
+        phases = [
+            (self._tokens * width, self._logits * logits)
+            for width, logits in zip(rank.width, rank.logits, strict=True)
+        ]
+        activations, logits = max(phases, key=sum)
+        own = (("activations", activations), ("logits", logits))
+        return own + self.budget.costs.parts(rank, mode, self._load)
+
+    def workspace(self, rank: Demand, mode: Mode) -> int:
+        """Bytes of all `parts`."""
+        return sum(size for _, size in self.parts(rank, mode))
+
+    def left(self, rank: Demand, mode: Mode) -> int:
+        """Bytes of the budget for KV: what neither weights nor workspace take. Below 0 if they do not fit."""
+        return self.budget.device - rank.peaks[MODES.index(mode)] - self.workspace(rank, mode)
 
     def block_bytes(self, rank: Demand) -> Pair:
         """Bytes of a device block."""
@@ -57,10 +85,9 @@ class Books:
 
     def blocks(self, ranks: Iterable[Demand], mode: Mode) -> Pair:
         """Device blocks that every rank has room for; below 1 if one has none."""
-        index = MODES.index(mode)
         found = []
         for rank in ranks:
-            left = self.budget.device - rank.peaks[index] - self.workspace(rank)
+            left = self.left(rank, mode)
             prefill, decode = self.block_bytes(rank)
             found.append((left // prefill, left // decode))
         return min(blocks for blocks, _ in found), min(blocks for _, blocks in found)
@@ -81,8 +108,8 @@ class Books:
 
     def refusal(self, ranks: Sequence[Demand], layouts: Sequence[Layout], mode: Mode) -> str:
         """Why a plan does not fit, with the arithmetic of the rank that has the least left."""
-        budget, index = self.budget, MODES.index(mode)
-        left = [budget.device - rank.peaks[index] - self.workspace(rank) for rank in ranks]
+        budget = self.budget
+        left = [self.left(rank, mode) for rank in ranks]
         number = left.index(min(left))
         rank = ranks[number]
         token = max(self.block_bytes(rank)) // budget.block_size
@@ -93,12 +120,21 @@ class Books:
                 f"; the host buffer has room for {self.host_blocks * budget.block_size} tokens "
                 f"({format_bytes(budget.host_kv)} at {format_bytes(self.model.kv_bytes_per_token())} each)"
             )
-        how = f" ({mode} transitions)" if layouts[0] != layouts[1] else ""
         names = "->".join(dict.fromkeys(map(str, layouts)))
         return (
             f"plan {names} does not fit: of {format_bytes(budget.device)} device memory, rank {number} needs "
-            f"{format_bytes(rank.peaks[index])} for weights{how} and {format_bytes(self.workspace(rank))} for "
-            f"activations, which leaves {format_bytes(max(left[number], 0))} for KV at {format_bytes(token)} a "
-            f"token, and a sequence of {wanted} tokens needs {format_bytes(wanted * token)}{host}; give more memory, "
+            f"{self._needs(rank, mode, layouts)}, which leaves {format_bytes(max(left[number], 0))} for KV at "
+            f"{format_bytes(token)} a token, and a sequence of {wanted} tokens needs {format_bytes(wanted * token)}{host}; give more memory, "
             "a smaller max_model_len or chunk, or a plan with more ranks per replica"
         )
+
+    def _needs(self, rank: Demand, mode: Mode, layouts: Sequence[Layout]) -> str:
+        """Weights and workspace in words, the largest parts by name."""
+        how = f" ({mode} transitions)" if layouts[0] != layouts[1] else ""
+        weights = (f"weights{how}", rank.peaks[MODES.index(mode)])
+        first, *others = sorted(self.parts(rank, mode), key=lambda part: -part[1])
+        named, rest = [weights, first, *others[: _NAMED - 2]], others[_NAMED - 2 :]
+        if rest:
+            named.append((f"{len(rest)} smaller parts", sum(size for _, size in rest)))
+        words = [f"{format_bytes(size)} for {name}" for name, size in named]
+        return f"{', '.join(words[:-1])} and {words[-1]}"
