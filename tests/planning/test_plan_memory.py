@@ -131,7 +131,7 @@ def _slow(
             tokens = max(budget.max_batch_tokens, budget.max_running)
             needs.append((tokens * width * size, budget.max_running * columns * 4))
         activations, logits = max(needs, key=sum)
-        parts.append((("activations", activations), ("logits", logits)))
+        parts.append((("activations", activations), *((("logits", logits),) if logits else ())))
     workspace = [sum(bytes for _, bytes in of_rank) for of_rank in parts]
     blocks = [
         min((budget.device - weights[rank] - workspace[rank]) // block[rank][phase] for rank in ranks)

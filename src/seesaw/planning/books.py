@@ -67,7 +67,7 @@ class Books:
             for width, logits in zip(rank.width, rank.logits, strict=True)
         ]
         activations, logits = max(phases, key=sum)
-        own = (("activations", activations), ("logits", logits))
+        own: Parts = (("activations", activations), *((("logits", logits),) if logits else ()))
         return own + self.budget.costs.parts(rank, mode, self._load)
 
     def workspace(self, rank: Demand, mode: Mode) -> int:
