@@ -112,6 +112,11 @@ def test_communicators_follow_from_both_layouts(plan: str, connections: int) -> 
         assert dict(memory.components(rank)).get("collectives", 0) == connections * 12 * MIB
 
 
+def test_ranks_of_one_device_talk_through_the_host() -> None:
+    memory = set_up_on(MODELS["8B"], "P2->T2", 24, costs=costs_of("cuda", collectives=False)).memory
+    assert all("collectives" not in dict(parts) and "context" in dict(parts) for parts in memory.parts)
+
+
 def test_more_heads_and_splits_than_a_librarys_workspace_count_by_their_partial_results() -> None:
     # (4096 + 1024) entries of 64 heads of 128 sums, a maximum and a denominator in float32: 162.5 MiB
     memory = set_up_on(MODELS["70B"], "T1", 200, max_running=4096).memory
@@ -138,8 +143,8 @@ def test_cpu_ranks_take_nothing_beside_the_model() -> None:
 
 
 # ---- known models on known cards -----------------------------------------------------------------------------------
-# MiB of the rank that has the least left: the card, weights, workspace (activations, logits and what CUDA takes) and what
-# that leaves, over a KV block of 16 tokens. Whole: 8B has 15,316.5 of weights, 34B 64,361.5, 70B 134,570.5.
+# MiB of the rank that has the least left: the card, weights, workspace (activations, logits and what CUDA takes), and
+# what that leaves, over a KV block of 16 tokens. Whole, 8B has 15,316.5 of weights, 34B 64,361.5, 70B 134,570.5.
 
 
 @pytest.mark.parametrize(
@@ -149,8 +154,8 @@ def test_cpu_ranks_take_nothing_beside_the_model() -> None:
         ("8B", "T1", 24, "resident", (3756, 3756)),
         # Twice the card: 24,576 more, at 2
         ("8B", "T1", 48, "resident", (3756 + 12_288, 3756 + 12_288)),
-        # A rank of D4 has the whole model, and 8 of a layer's own piece beside it while that changes; T4's communicators
-        # (288) and churn (1/32 of the 3/4 that T4 does without) come to it, and its graphs are smaller:
+        # A rank of D4 has the whole model, and 8 of a piece beside it while a layer changes; T4's communicators (288)
+        # and churn come to it (1/32 of what T4 does not take over as it is), and its graphs are smaller:
         # 24,576 - 15,324.5 - 2,137.7 = 7,113.8, at 2 under D4 and 0.5 under T4
         ("8B", "D4->T4", 24, "delta", (3556, 14_227)),
         # A quarter: 24,576 - 16,091.5 - 1,730.1 = 6,754.4, at 16 x 48 KiB = 0.75: 144,080 tokens

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 DEFAULT_WORKLOAD = "sharegpt"
 DRIVER_MEMORY = 512 << 20
-"""Bytes of a GPU that its driver keeps from all processes, beside `DRIVER_SHARE` of them: with this an L4 has 21.9 GiB
-left of the 22.5 that `nvidia-smi` shows, where torch reports 22.0, and an A100 of 80 GiB 79.1, as torch reports."""
+"""Bytes of a GPU that its driver keeps from all processes, beside `DRIVER_SHARE` of them: that leaves 21.9 GiB of the
+22.5 that `nvidia-smi` shows of an L4, where torch reports 22.0, and 79.1 of an A100's 80, as torch reports."""
 DRIVER_SHARE = 1 / 200
 HOST_KV = 32 << 30
 """Bytes of the host buffer for each GPU, unless asked for. Nodes of eight have 256 GiB to 1 TiB of host memory."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 LOGITS_BYTES = 512 << 20
-"""For logits at once. At 150,000 tokens of vocabulary these are 290 rows: a batch of 256 reads its LM head once."""
+"""For logits at once: 298 rows of a vocabulary of 150,000, so that a batch of 256 reads the LM head once."""
 SAMPLING_BYTES = 64 << 20
-"""For what the sampler makes of its logits. It takes about 2^20 of them at a time, and copies, weights, sums and their
-order are up to 48 bytes for each."""
+"""For what the sampler makes of its logits. It takes about 2^20 of them at a time, and copies, weights, sums and
+their order are up to 48 bytes for each."""
 STAGING_BYTES = 64 << 20
 """For the two buffers through which KV is gathered into large copies."""
 SPLITS = 1024

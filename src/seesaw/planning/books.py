@@ -107,13 +107,14 @@ class Books:
         return min(blocks[0], enough), min(blocks[1], enough)
 
     def refusal(self, ranks: Sequence[Demand], layouts: Sequence[Layout], mode: Mode) -> str:
-        """Why a plan does not fit, with the arithmetic of the rank that has the least left."""
+        """Why a plan does not fit, with the arithmetic of the rank that lacks most."""
         budget = self.budget
-        left = [self.left(rank, mode) for rank in ranks]
-        number = left.index(min(left))
-        rank = ranks[number]
-        token = max(self.block_bytes(rank)) // budget.block_size
         wanted = budget.max_model_len or budget.block_size
+        blocks = -(-wanted // budget.block_size)
+        over = [self.left(rank, mode) - blocks * max(self.block_bytes(rank)) for rank in ranks]
+        number = over.index(min(over))
+        rank, left = ranks[number], self.left(ranks[number], mode)
+        token = max(self.block_bytes(rank)) // budget.block_size
         host = ""
         if budget.two_phases:
             host = (
@@ -123,9 +124,9 @@ class Books:
         names = "->".join(dict.fromkeys(map(str, layouts)))
         return (
             f"plan {names} does not fit: of {format_bytes(budget.device)} device memory, rank {number} needs "
-            f"{self._needs(rank, mode, layouts)}, which leaves {format_bytes(max(left[number], 0))} for KV at "
-            f"{format_bytes(token)} a token, and a sequence of {wanted} tokens needs {format_bytes(wanted * token)}{host}; give more memory, "
-            "a smaller max_model_len or chunk, or a plan with more ranks per replica"
+            f"{self._needs(rank, mode, layouts)}, which leaves {format_bytes(max(left, 0))} for KV at "
+            f"{format_bytes(token)} a token, and a sequence of {wanted} tokens needs {format_bytes(wanted * token)}"
+            f"{host}; give more memory, a smaller max_model_len or chunk, or a plan with more ranks per replica"
         )
 
     def _needs(self, rank: Demand, mode: Mode, layouts: Sequence[Layout]) -> str:

@@ -1,9 +1,12 @@
-"""What a device takes of a rank's memory beside weights, activations, logits and KV: nothing on CPU ranks; on CUDA the
-context, libraries, collectives, graphs and buffers. Which of them holds is chosen by the device's name, here alone."""
+"""What a device takes of a rank's memory beside weights, activations, logits and KV.
+
+On CPU ranks nothing; on CUDA context, libraries, collectives, graphs and buffers. Which of the two holds is chosen by
+the device's name, here alone.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from seesaw.core.layout import Layout
 from seesaw.core.workspace import (
@@ -160,13 +163,14 @@ CUDA = DeviceCosts(
     tensor=512,
     churn=1 / 32,
 )
-"""A CUDA device under one rank. Constants of the driver and of libraries are upper bounds by their documentation and logs
-(`scripts/gpu_check` measures them). Where ranks share a device, or talk by other means than NCCL, `channels` and
-`peer_channels` are 0."""
+"""A CUDA device under one rank. Constants of the driver and of libraries are upper bounds by their documentation and
+logs."""
 
 _BY_DEVICE = {"cpu": HOST, "cuda": CUDA}
 
 
-def costs_of(device: str) -> DeviceCosts:
-    """Those of a kind of device, `cpu` or `cuda`."""
-    return _BY_DEVICE[device]
+def costs_of(device: str, *, collectives: bool = True) -> DeviceCosts:
+    """Those of a kind of device, `cpu` or `cuda`. Without `collectives` ranks talk through the host, as they do where
+    they share a device, and the device's own library takes nothing."""
+    costs = _BY_DEVICE[device]
+    return costs if collectives else replace(costs, channels=0, peer_channels=0)
