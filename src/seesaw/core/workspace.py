@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 LOGITS_BYTES = 512 << 20
 """For logits at once: 298 rows of a vocabulary of 150,000, so that a batch of 256 reads the LM head once."""
 SAMPLING_BYTES = 64 << 20
@@ -28,6 +30,7 @@ def logit_rows(vocab: int) -> int:
     return max(1, LOGITS_BYTES // (4 * _LOGIT_COPIES * vocab))
 
 
+@lru_cache(maxsize=64)
 def graph_batches(most: int) -> tuple[int, ...]:
     """Rising batch sizes for which a decode step of up to `most` sequences is captured as a graph.
 

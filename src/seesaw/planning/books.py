@@ -58,21 +58,31 @@ class Books:
             sequence_blocks=-(-(budget.max_model_len or model.spec.max_position) // budget.block_size),
             head_dim=model.spec.head_dim,
         )
+        self._shared = budget.costs.shared(self._load)
+        self._shared_bytes = sum(size for _, size in self._shared)
 
     def parts(self, rank: Demand, mode: Mode) -> Parts:
         """What a rank takes beside weights and KV: activations of one batch, the float32 logits of as many rows as
-        are computed at once, and what the device takes."""
-        phases = [
-            (self._tokens * width, self._logits * logits)
-            for width, logits in zip(rank.width, rank.logits, strict=True)
-        ]
-        activations, logits = max(phases, key=sum)
-        own: Parts = (("activations", activations), *((("logits", logits),) if logits else ()))
-        return own + self.budget.costs.parts(rank, mode, self._load)
+        are computed at once, and what the device takes; parts that take nothing are left out."""
+        costs = self.budget.costs
+        phases = zip(rank.width, rank.logits, strict=True)
+        activations, logits = max(((self._tokens * w, self._logits * n) for w, n in phases), key=sum)
+        sizes = {"activations": activations, "logits": logits}
+        sizes |= dict((*self._shared, *costs.own(rank, self._load)))
+        sizes["allocator"] += costs.churned(rank, mode)
+        return tuple((name, size) for name, size in sizes.items() if size)
 
     def workspace(self, rank: Demand, mode: Mode) -> int:
         """Bytes of all `parts`."""
-        return sum(size for _, size in self.parts(rank, mode))
+        return self._lasting(rank) + self.budget.costs.churned(rank, mode)
+
+    def _lasting(self, rank: Demand) -> int:
+        """Of the workspace, what does not go by the mode of transition."""
+        width, logits = rank.width, rank.logits
+        prefill = self._tokens * width[0] + self._logits * logits[0]
+        decode = self._tokens * width[1] + self._logits * logits[1]
+        (_, graphs), (_, attention), (_, allocator) = self.budget.costs.own(rank, self._load)
+        return max(prefill, decode) + self._shared_bytes + graphs + attention + allocator
 
     def left(self, rank: Demand, mode: Mode) -> int:
         """Bytes of the budget for KV: what neither weights nor workspace take. Below 0 if they do not fit."""
@@ -83,14 +93,22 @@ class Books:
         bits = self.budget.block_size * self.model.kv_bits
         return rank.kv[0] * bits // 8, rank.kv[1] * bits // 8
 
-    def blocks(self, ranks: Iterable[Demand], mode: Mode) -> Pair:
-        """Device blocks that every rank has room for; below 1 if one has none."""
-        found = []
+    def room(self, ranks: Iterable[Demand], modes: Sequence[Mode]) -> dict[Mode, Pair]:
+        """Device blocks that every rank has room for, by mode; below 1 if one has none."""
+        found: dict[Mode, list[Pair]] = {mode: [] for mode in modes}
         for rank in ranks:
-            left = self.left(rank, mode)
+            lasting = self.budget.device - self._lasting(rank)
             prefill, decode = self.block_bytes(rank)
-            found.append((left // prefill, left // decode))
-        return min(blocks for blocks, _ in found), min(blocks for _, blocks in found)
+            for mode, blocks in found.items():
+                left = lasting - rank.peaks[MODES.index(mode)] - self.budget.costs.churned(rank, mode)
+                blocks.append((left // prefill, left // decode))
+        return {
+            mode: (min(p for p, _ in blocks), min(d for _, d in blocks)) for mode, blocks in found.items()
+        }
+
+    def blocks(self, ranks: Iterable[Demand], mode: Mode) -> Pair:
+        """`room` with one mode."""
+        return self.room(ranks, (mode,))[mode]
 
     def longest(self, blocks: Pair) -> int:
         """Longest sequence that fits every tier; 0 if none of two tokens does, or not the one asked for."""

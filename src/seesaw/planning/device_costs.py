@@ -81,20 +81,31 @@ class DeviceCosts:
     churn: float = 0.0
     """Share of weights that are freed and made anew at a transition: what lies between those that stay."""
 
-    def parts(self, rank: Demand, mode: Mode, load: Load) -> Parts:
-        """What a rank takes, by name; parts that take nothing are left out."""
-        parts = (
+    def shared(self, load: Load) -> Parts:
+        """What every rank of a plan takes."""
+        return (
             ("context", self.context),
             ("libraries", self.libraries),
             ("collectives", self._collectives(load)),
-            ("graphs", self._graphs(rank, load)),
-            ("attention", self._attention(rank, load)),
             ("inputs", self._inputs(load)),
             ("sampling", self.sampling),
             ("staging", self.staging),
-            ("allocator", self._allocator(rank, mode)),
         )
-        return tuple(part for part in parts if part[1])
+
+    def own(self, rank: Demand, load: Load) -> Parts:
+        """What goes by a rank's place in the layouts; `churned` comes to it."""
+        return (
+            ("graphs", self._graphs(rank, load)),
+            ("attention", self._attention(rank, load)),
+            ("allocator", self.segments + _TENSORS_PER_LAYER * sum(rank.layers) * self.tensor),
+        )
+
+    def churned(self, rank: Demand, mode: Mode) -> int:
+        """What a transition leaves unused between tensors. `peaks` of both shardings, less the larger one, is what it
+        frees and makes anew at most."""
+        if not self.churn or mode == "resident":
+            return 0
+        return int((rank.peaks[_RESIDENT] - rank.peaks[_RELOAD]) * self.churn)
 
     def _collectives(self, load: Load) -> int:
         """One communicator for each tensor-parallel group a rank is in, one of all ranks for what stages send."""
@@ -123,12 +134,6 @@ class DeviceCosts:
     def _inputs(self, load: Load) -> int:
         tokens = max(load.batch_tokens, load.running)
         return tokens * self.token_inputs + load.running * load.sequence_blocks * self.block_inputs
-
-    def _allocator(self, rank: Demand, mode: Mode) -> int:
-        """`peaks` of both shardings, less the larger one, is what a transition frees and makes anew at most."""
-        changing = 0 if MODES.index(mode) == _RESIDENT else rank.peaks[_RESIDENT] - rank.peaks[_RELOAD]
-        tensors = _TENSORS_PER_LAYER * sum(rank.layers)
-        return self.segments + tensors * self.tensor + int(changing * self.churn)
 
 
 HOST = DeviceCosts()

@@ -84,7 +84,7 @@ def plan_memory(
     layouts = shardings[0].layout, shardings[1].layout
     ranks, books = demands(model, shardings), Books(model, dtype, budget, layouts)
     modes = _modes(budget, reshards=shardings[0] != shardings[1])
-    room = {mode: books.blocks(ranks, mode) for mode in modes}
+    room = books.room(ranks, modes)
     fitting = _fitting(books, room)
     if not fitting:
         raise MemoryBudgetError(books.refusal(ranks, layouts, modes[-1]))
@@ -128,7 +128,7 @@ def estimate_memory(
     if prefill.tp == decode.tp or prefill.world <= EXACT_RANKS:
         plan = Plan(prefill, decode, separate=True)
         ranks = distinct_demands(model, plan_shardings(model, plan, limits.stages))
-        fitting = _fitting(books, {mode: books.blocks(ranks, mode) for mode in modes})
+        fitting = _fitting(books, books.room(ranks, modes))
         return (
             fitting[_least_moving(fitting)] if fitting else books.refusal(ranks, (prefill, decode), modes[-1])
         )
@@ -140,7 +140,7 @@ def estimate_memory(
 
 def _estimate_between(books: Books, between: Bounds, modes: Sequence[Mode]) -> Pair | None:
     """No more than what `plan_memory` finds, which lies between the bounds."""
-    fitting = _fitting(books, {mode: books.blocks((between.most,), mode) for mode in modes})
+    fitting = _fitting(books, books.room((between.most,), modes))
     if not fitting:
         return None
     mode = _least_moving(fitting)
