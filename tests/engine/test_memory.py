@@ -43,7 +43,7 @@ def test_a_long_job_keeps_memory_flat(tmp_path: Path) -> None:
 
 
 def test_budgets_bound_what_is_allocated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Weights, workspace and pool of each rank fit the budget; the host buffer has its exact size. The log says so."""
+    """Weights, workspace and pool of each rank fit the budget and are logged; the host buffer has its exact size."""
     caplog.set_level(logging.INFO, logger="seesaw.launch")
     path = make_checkpoint(tmp_path, "qwen3")
     budget = 8 << 20

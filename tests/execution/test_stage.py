@@ -71,7 +71,7 @@ class _Threads:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=2)
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=2, vocab_size=251)
 
 
 def stages(checkpoint: Path, tp: int) -> list[Stage]:
