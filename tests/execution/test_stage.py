@@ -14,6 +14,7 @@ from seesaw.attention.torch_backend import TorchAttention
 from seesaw.core.actions import Forward as ForwardAction
 from seesaw.core.actions import ForwardDone, SamplingState, SlotInit
 from seesaw.core.layout import Layout
+from seesaw.device.select import open_device
 from seesaw.execution import stage as stage_module
 from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.sampler import SampleResult
@@ -81,6 +82,7 @@ def stages(checkpoint: Path, tp: int) -> list[Stage]:
     views = [rank_view(spec, sharding, rank) for rank in range(tp)]
     boxes: list[list[queue.Queue[Tensor]]] = [[queue.Queue() for _ in range(tp)] for _ in range(tp)]
     made = []
+    device = open_device("cpu")
     for view in views:
         weights = RankWeights(spec, HostWeightStore.open(checkpoint, spec), "float32", view.rank)
         weights.load(sharding)
@@ -98,6 +100,7 @@ def stages(checkpoint: Path, tp: int) -> list[Stage]:
                 attention=TorchAttention(),
                 operators=TorchOperators(),
                 block_size=16,
+                device=device,
             )
         )
     return made
@@ -125,10 +128,10 @@ def prefill() -> ForwardAction:
 
 def run(made: list[Stage]) -> ForwardDone:
     with ThreadPoolExecutor(len(made)) as threads:
-        done = list(threads.map(lambda one: one.run(prefill(), None), made))
-    assert done[1:] == [None] * (len(made) - 1)
-    assert done[0] is not None
-    return done[0]
+        reports = list(threads.map(lambda one: one.run(prefill(), None), made))
+    assert reports[1:] == [None] * (len(made) - 1)
+    assert reports[0] is not None
+    return reports[0]()
 
 
 @pytest.mark.parametrize("tp", [1, 2])

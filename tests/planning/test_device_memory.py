@@ -137,7 +137,7 @@ def test_logits_are_bounded_whatever_runs() -> None:
 
 
 def test_cpu_ranks_take_nothing_beside_the_model() -> None:
-    assert costs_of("cpu") is HOST and costs_of("cuda") is CUDA
+    assert costs_of("cpu") is HOST and costs_of("cuda") is CUDA is costs_of("cuda:1")
     memory = set_up_on(MODELS["8B"], "P2->T2", 24, costs=HOST).memory
     assert all(set(dict(parts)) == {"activations", "logits"} for parts in memory.parts)
 
