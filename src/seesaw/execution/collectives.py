@@ -30,8 +30,10 @@ class TensorParallelGroup:
         """Logits `[M, vocab]` on tensor-parallel index 0 from `[M, widths[i]]` on index i; None elsewhere."""
         if len(widths) == 1:
             return local
-        padded = pad(local, (0, max(widths) - local.shape[1])).contiguous()
-        parts = self.transport.gather(padded, self.view.tp_ranks)
+        narrower = max(widths) - local.shape[1]
+        if narrower:
+            local = pad(local, (0, narrower))
+        parts = self.transport.gather(local.contiguous(), self.view.tp_ranks)
         if parts is None:
             return None
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
