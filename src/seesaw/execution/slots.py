@@ -77,16 +77,20 @@ class SlotTables:
             block_tables=torch.from_numpy(np.ascontiguousarray(tables)),
             slot_mapping=torch.from_numpy(mapping),
             max_query=int(counts.max()),
+            fresh=not starts.any(),
+            host_lengths=(counts, starts),
         )
         if len(forward.sampled) == total:
             return Inputs(tokens, torch.from_numpy(positions), attention, None, attention)
         items = np.asarray(forward.sampled, dtype=np.int64)
+        places = (starts + counts - 1)[items]
         asking = AttentionBatch(
             query_starts=torch.arange(len(items) + 1, dtype=torch.int32),
-            context_starts=torch.from_numpy((starts + counts - 1)[items].astype(np.int32)),
+            context_starts=torch.from_numpy(places.astype(np.int32)),
             block_tables=torch.from_numpy(tables[items]),
             slot_mapping=attention.slot_mapping,
             max_query=1,
+            host_lengths=(np.ones_like(places), places),
         )
         return Inputs(
             tokens, torch.from_numpy(positions), attention, torch.from_numpy(ends[items] - 1), asking
