@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,3 +106,41 @@ class Case:
             torch.testing.assert_close(
                 result.cpu().double(), self.expected(index), rtol=0, atol=TOLERANCE[self.dtype]
             )
+
+
+DECODE = {
+    "mixed lengths": Case([100, 0, 63, 64, 320], [1] * 5, q_heads=2, kv_heads=1),
+    "one sequence": Case([200], [1], q_heads=1, kv_heads=1),
+    "groups of 4, head of 64": Case([150, 9], [1, 1], q_heads=4, kv_heads=1, head_dim=64),
+    "groups of 8, head of 128, blocks of 32": Case(
+        [70, 140], [1, 1], q_heads=8, kv_heads=1, head_dim=128, block_size=32
+    ),
+    "no groups, head of 80": Case([90, 5], [1, 1], q_heads=3, kv_heads=3, head_dim=80),
+    "odd group, head of 96, blocks of 5": Case([70], [1], q_heads=14, kv_heads=2, head_dim=96, block_size=5),
+    "window": Case([300, 0, 130], [1] * 3, q_heads=2, kv_heads=1, window=100),
+    "window of one": Case([70], [1], window=1),
+    "some with nothing": Case([30, 40, 7], [0, 1, 0]),
+}
+SEVERAL = {
+    "prompts": Case([0, 0, 0], [100, 1, 65], q_heads=4, kv_heads=1),
+    "chunks and decode": Case([150, 0, 7, 64], [1, 40, 33, 2]),
+    "groups of 8, head of 128, blocks of 32": Case(
+        [40, 3], [20, 1], q_heads=8, kv_heads=1, head_dim=128, block_size=32
+    ),
+    "no groups, head of 80": Case([40, 0], [3, 70], q_heads=2, kv_heads=2, head_dim=80),
+    "odd group": Case([50], [30], q_heads=7, kv_heads=1),
+    "wide group": Case([20], [3], q_heads=64, kv_heads=1),
+    "window": Case([200, 0, 40], [40, 90, 1], q_heads=4, kv_heads=1, window=50),
+    "window of one": Case([70], [10], window=1),
+    "window longer than all": Case([20], [10], window=4096),
+}
+
+
+def other_neighbours(case: Case, kept: int) -> Case:
+    """A batch whose sequence `kept` is the same, at another index, among others of other lengths."""
+    contexts, counts = [99, case.contexts[kept], 2], [1, case.counts[kept], 1]
+    other = dataclasses.replace(case, contexts=contexts, counts=counts, seed=case.seed + 1)
+    for rows in ("q", "k", "v"):
+        getattr(other, rows)[1] = getattr(case, rows)[kept]
+    other._fill(1, other.contexts[1])
+    return other

@@ -21,7 +21,7 @@ _LEAST_GROUP_FOR_TENSOR_CORES = 4
 
 @dataclass(frozen=True, slots=True)
 class _Pages:
-    """A batch in FlashInfer's terms. All but `indices` are host tensors, so that planning asks nothing of the device."""
+    """A batch in FlashInfer's terms. All but `indices` are host tensors: planning asks nothing of the device."""
 
     queries: Tensor
     """int32 `[B + 1]`: first query of each sequence."""
@@ -43,10 +43,10 @@ class FlashInferAttention:
 
     name = "flashinfer"
 
-    def __init__(self, library: Any, device: str, own: TritonAttention) -> None:
+    def __init__(self, library: Any, own: TritonAttention) -> None:
         """`library` is the module `flashinfer`."""
         self._library, self._own = library, own
-        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._workspace: Tensor | None = None
         self._wrappers: dict[tuple[str, int | None], Any] = {}
         self._planned: dict[tuple[str, int | None], AttentionBatch] = {}
         self._pages: tuple[AttentionBatch, _Pages] | None = None
@@ -81,14 +81,16 @@ class FlashInferAttention:
         decoding = batch.max_query == 1 and len(q) == len(batch.context_starts)
         key = ("decode" if decoding else "prefill", window)
         if key not in self._wrappers:
-            self._wrappers[key] = self._create(decoding, q.shape[1] // pool_layer.shape[2])
+            self._wrappers[key] = self._create(decoding, q.shape[1] // pool_layer.shape[2], q.device)
         wrapper = self._wrappers[key]
         if self._planned.get(key) is not batch:
             self._plan(wrapper, decoding, q, pool_layer, batch, scale, window)
             self._planned[key] = batch
         return wrapper
 
-    def _create(self, decoding: bool, group: int) -> Any:
+    def _create(self, decoding: bool, group: int, device: torch.device) -> Any:
+        if self._workspace is None:
+            self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         if decoding:
             tensor_cores = group >= _LEAST_GROUP_FOR_TENSOR_CORES
             return self._library.BatchDecodeWithPagedKVCacheWrapper(

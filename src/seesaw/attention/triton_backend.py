@@ -43,17 +43,13 @@ class TritonAttention:
     def __init__(
         self,
         processors: int,
-        shared: int,
         *,
         whole_prompts: WholePrompts | None = None,
         chunk: int = triton_decode.CHUNK,
     ) -> None:
-        """For a device with so many streaming multiprocessors and bytes of shared memory for a program.
-
-        `chunk` is how many tokens decode takes in one piece at least.
-        """
+        """For a device with so many streaming multiprocessors; decode takes `chunk` tokens in one piece at least."""
         self._programs = _PROGRAMS_PER_PROCESSOR * processors
-        self._shared, self._chunk = shared, chunk
+        self._chunk = chunk
         self._whole_prompts = whole_prompts
 
     def attend(
@@ -89,7 +85,7 @@ class TritonAttention:
         queries, q_heads, head_dim = q.shape
         out = torch.empty((queries, q_heads * head_dim), dtype=q.dtype, device=q.device)
         if batch.max_query > 1:
-            prefill(q, pool_layer, batch, out, scale=scale, window=window, shared=self._shared)
+            prefill(q, pool_layer, batch, out, scale=scale, window=window)
         triton_decode.decode(
             q,
             pool_layer,

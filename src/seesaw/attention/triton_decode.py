@@ -18,7 +18,8 @@ group, so the time aimed at is the bytes of K and V, read once, over the bandwid
   The price is that a sequence of several chunks passes its partial results through memory: 3 % of what is read for a
   group of 4 at 256 tokens a chunk, and they mostly stay in L2.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -119,7 +120,10 @@ def _chunk(
     TILE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Attention of `q` `[M, D]` over the tiles `first .. end` of a sequence and KV head: `fold`'s sums."""
+    """Attention of `q` `[M, D]` over the tiles `first .. end` of a sequence and KV head.
+
+    Returns the mean of the values by their weights, `[M, D]`, and the binary logarithm of the weight of all, `[M]`.
+    """
     channel = tl.arange(0, CHANNELS)
     real = channel < HEAD_DIM
     top = tl.full([q.shape[0]], float("-inf"), tl.float32)
@@ -139,7 +143,47 @@ def _chunk(
             keys + PLANE + at[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0
         )
         top, total, mixed = fold(scores, v.to(q.dtype), top, total, mixed, WIDE)
-    return top, total, mixed
+    return mixed / total[:, None], top + tl.log2(total)
+
+
+@triton.jit
+def _share(
+    bases,
+    query_starts,
+    context_starts,
+    sequences,
+    WINDOW: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+):
+    """This program's share of a KV head's work, which it has in common with all programs of its row of the grid.
+
+    Returns the sequence in which it begins, how much work and how many chunks the sequences before have, and from
+    and to which amount of work it goes. Work is counted in tiles, and one more a chunk for its start. The chunks
+    before each sequence are left in `bases` for `_combine`.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    every = tl.arange(0, SEQUENCES)
+    exists = every < sequences
+    _, _, _, _, sizes, counts = _extent(
+        query_starts, context_starts, every, exists, WINDOW, TILE, CHUNK_TILES
+    )
+    if (program == 0) & (tl.program_id(1) == 0):
+        tl.store(bases + every, tl.cumsum(counts, 0) - counts, mask=exists)
+    works = counts * (sizes + 1)
+    work = tl.sum(works, 0).to(tl.int64)
+    begin = (work * program // programs).to(tl.int32)
+    end = (work * (program + 1) // programs).to(tl.int32)
+    before = exists & (tl.cumsum(works, 0) <= begin)
+    sequence = tl.sum(before.to(tl.int32), 0)
+    return (
+        sequence,
+        tl.sum(tl.where(before, works, 0), 0),
+        tl.sum(tl.where(before, counts, 0), 0),
+        begin,
+        end,
+    )
 
 
 @triton.jit(do_not_specialize=["sequences", "table_width", "slots"])
@@ -174,28 +218,12 @@ def _decode(
 ):
     """The chunks of one KV head that begin in this program's share of the work.
 
-    Work is counted in tiles, and one more a chunk for its start. A sequence of one chunk gets its result at once;
-    of others, chunk c leaves the mean of its values in `partial[base + c]` and the logarithm of its weight in
-    `levels`; `base`, the chunks of all sequences before, is left for `_combine`.
+    A sequence of one chunk gets its result at once; of others, chunk c leaves the mean of its values in
+    `partial[base + c]`, and the logarithm of its weight in `levels`.
     """
-    program, programs, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    every = tl.arange(0, SEQUENCES)
-    exists = every < sequences
-    _, _, _, _, sizes, counts = _extent(
-        query_starts, context_starts, every, exists, WINDOW, TILE, CHUNK_TILES
+    sequence, position, base, begin, end = _share(
+        bases, query_starts, context_starts, sequences, WINDOW, SEQUENCES, TILE, CHUNK_TILES
     )
-    works = counts * (sizes + 1)
-    ends = tl.cumsum(works, 0)
-    if (program == 0) & (head == 0):
-        tl.store(bases + every, tl.cumsum(counts, 0) - counts, mask=exists)
-    work = tl.sum(works, 0).to(tl.int64)
-    begin = (work * program // programs).to(tl.int32)
-    end = (work * (program + 1) // programs).to(tl.int32)
-
-    before = exists & (ends <= begin)
-    sequence = tl.sum(before.to(tl.int32), 0)
-    position = tl.sum(tl.where(before, works, 0), 0)
-    base = tl.sum(tl.where(before, counts, 0), 0)
     row, length, first, tiles, size, count = _extent(
         query_starts, context_starts, sequence, sequence < sequences, WINDOW, TILE, CHUNK_TILES
     )
@@ -203,10 +231,10 @@ def _decode(
     position += chunk * (size + 1)
 
     group, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-    heads = head * GROUP + group
+    heads = tl.program_id(1) * GROUP + group
+    within = heads[:, None] * HEAD_DIM + channel[None, :]
     inside = (group < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
-    plane = KV_HEADS * BLOCK_SIZE * HEAD_DIM
-    keys = pool + head * (BLOCK_SIZE * HEAD_DIM)
+    keys = pool + tl.program_id(1) * (BLOCK_SIZE * HEAD_DIM)
     while position < end:
         if chunk == count:
             base += count
@@ -216,38 +244,22 @@ def _decode(
                 query_starts, context_starts, sequence, sequence < sequences, WINDOW, TILE, CHUNK_TILES
             )
         else:
-            within = heads[:, None] * HEAD_DIM + channel[None, :]
             asking = tl.load(q + row.to(tl.int64) * q_stride + within, mask=inside, other=0.0).to(OPERAND)
+            table = block_tables + sequence.to(tl.int64) * table_width
             start = first + chunk * size
-            top, total, mixed = _chunk(
-                asking,
-                keys,
-                block_tables + sequence.to(tl.int64) * table_width,
-                start,
-                tl.minimum(start + size, first + tiles),
-                length,
-                scale,
-                block_stride,
-                plane,
-                HEAD_DIM,
-                BLOCK_SIZE,
-                WINDOW,
-                CHANNELS,
-                TILE,
-                WIDE,
-            )
-            mean = mixed / total[:, None]
+            stop = tl.minimum(start + size, first + tiles)
+            mean, level = _chunk(
+                asking, keys, table, start, stop, length, scale, block_stride, KV_HEADS * BLOCK_SIZE * HEAD_DIM,
+                HEAD_DIM, BLOCK_SIZE, WINDOW, CHANNELS, TILE, WIDE
+            )  # fmt: skip
             if count == 1:
                 at = out + row.to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM) + within
                 tl.store(at, mean.to(out.dtype.element_ty), mask=inside)
             else:
-                slot = base + chunk
-                fits = slot < slots
-                line = slot.to(tl.int64) * (KV_HEADS * GROUP) + heads
-                tl.store(
-                    partial + line[:, None] * HEAD_DIM + channel[None, :], mean, mask=inside & fits
-                )
-                tl.store(levels + line, top + tl.log2(total), mask=(group < GROUP) & fits)
+                fits = base + chunk < slots
+                line = (base + chunk).to(tl.int64) * (KV_HEADS * GROUP)
+                tl.store(partial + line * HEAD_DIM + within, mean, mask=inside & fits)
+                tl.store(levels + line + heads, level, mask=(group < GROUP) & fits)
             chunk += 1
             position += size + 1
 
@@ -327,7 +339,7 @@ def store_tokens(k: Tensor, v: Tensor, pool_layer: Tensor, slot_mapping: Tensor)
 def chunk_tokens(pool_layer: Tensor, least: int = CHUNK) -> int:
     """Tokens of a chunk over this pool: so many that all that fits it makes `SPLITS` chunks at most."""
     tokens = pool_layer.shape[0] * pool_layer.shape[3]
-    return max(least, triton.next_power_of_2(triton.cdiv(tokens, SPLITS)))
+    return max(least, 1 << (-(-tokens // SPLITS) - 1).bit_length())
 
 
 def decode(
@@ -412,8 +424,10 @@ def decode(
 def decode_tile(head_dim: int, itemsize: int) -> int:
     """Tokens of a tile: K and V of one are 32 KB at most.
 
-    Two stages of that fit three times into the 228 KB of an SM90 and twice into the 164 KB of an SM80, and once into
-    the 100 KB of an SM86 or SM89, whose 1 TB/s over a hundred SMs ask for a third of the bytes in flight. A stage
-    more would cost a program on each, and programs in other phases of their chunks hide a chunk's start as well.
+    The next tile is on its way while one is computed (two stages): compiled, that takes 38 KB of shared memory and
+    128 registers for each of 128 threads. So 4 programs are resident on an SM80 or SM90 and 2 on an SM86 or SM89, with
+    64 to 128 KB in flight, where latency times bandwidth are 10 to 30 KB an SM. A stage more would halve the
+    programs, and those in other phases of their chunks hide a chunk's start as well.
     """
-    return max(16, min(64, triton.next_power_of_2(16384 // (head_dim * itemsize) + 1) // 2))
+    tokens = 16384 // (head_dim * itemsize)
+    return max(16, min(64, 1 << max(tokens, 1).bit_length() - 1))

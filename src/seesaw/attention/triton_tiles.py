@@ -1,5 +1,6 @@
 """What the Triton kernels of attention have in common: products of tiles, paging, the running softmax."""
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: N803
 
 from __future__ import annotations
 
