@@ -44,7 +44,8 @@ def test_16_bit_types(dtype: torch.dtype) -> None:
             assert ((result.double() - expected).abs() <= limit).all()
 
 
-@settings(max_examples=5, deadline=None)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of padded rows, which are not stored
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_any_batch(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 3))
@@ -61,8 +62,7 @@ def test_any_batch(data: st.DataObject) -> None:
     ).check(TritonAttention(data.draw(st.integers(1, 4)), chunk=64))
 
 
-@pytest.mark.parametrize("count", [1, 20], ids=["decode", "several queries"])
-@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize(("window", "count"), [(None, 1), (90, 1), (90, 20)])
 def test_a_result_does_not_depend_on_neighbours(window: int | None, count: int) -> None:
     """Nor on how many programs share the work: the same bits."""
     case = Case([70, 150], [1, count], q_heads=2, kv_heads=1, window=window)

@@ -425,8 +425,8 @@ def decode_tile(head_dim: int, itemsize: int) -> int:
     """Tokens of a tile: K and V of one are 32 KB at most.
 
     The next tile is on its way while one is computed (two stages): compiled, that takes 38 KB of shared memory and
-    128 registers for each of 128 threads. So 4 programs are resident on an SM80 or SM90 and 2 on an SM86 or SM89, with
-    64 to 128 KB in flight, where latency times bandwidth are 10 to 30 KB an SM. A stage more would halve the
+    128 registers for each of 128 threads. So 4 programs are resident on an SM80 or SM90 and 2 on an SM86 or SM89,
+    with 64 to 128 KB in flight, where latency times bandwidth are 10 to 30 KB an SM. A stage more would halve the
     programs, and those in other phases of their chunks hide a chunk's start as well.
     """
     tokens = 16384 // (head_dim * itemsize)
