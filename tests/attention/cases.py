@@ -50,10 +50,11 @@ class Case:
             self._fill(index, context)
 
     def _fill(self, index: int, context: int) -> None:
-        for token in range(context):
-            block, offset = self.tables[index][token // self.block_size], token % self.block_size
-            self.pool[block, 1, 0, :, offset] = self.k[index][token]
-            self.pool[block, 1, 1, :, offset] = self.v[index][token]
+        tokens = torch.arange(context)
+        blocks = self.tables[index][tokens // self.block_size].long().to(self.device)
+        offsets = (tokens % self.block_size).to(self.device)
+        self.pool[blocks, 1, 0, :, offsets] = self.k[index][:context]
+        self.pool[blocks, 1, 1, :, offsets] = self.v[index][:context]
 
     def batch(self, contexts: list[int], counts: list[int]) -> AttentionBatch:
         width = max(map(len, self.tables)) + 1
@@ -92,14 +93,15 @@ class Case:
         return list(torch.split(out, counts))
 
     def expected(self, index: int) -> Tensor:
-        group = self.q_heads // self.kv_heads
+        """Results of the new tokens, `[count, q_heads * head_dim]`, in float64."""
+        group, context = self.q_heads // self.kv_heads, self.contexts[index]
         q, k, v = (x[index].cpu().double().transpose(0, 1) for x in (self.q, self.k, self.v))
-        scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) * self.head_dim**-0.5
-        distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+        scores = q[:, context:] @ k.repeat_interleave(group, 0).transpose(1, 2) * self.head_dim**-0.5
+        distance = torch.arange(context, k.shape[1])[:, None] - torch.arange(k.shape[1])
         hidden = (distance < 0) | (distance >= (self.window or 1 << 30))
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         mixed: Tensor = (weights @ v.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
-        return mixed[self.contexts[index] :]
+        return mixed
 
     def check(self, backend: AttentionBackend) -> None:
         for index, result in enumerate(self.run(backend)):
@@ -129,6 +131,7 @@ SEVERAL = {
     ),
     "no groups, head of 80": Case([40, 0], [3, 70], q_heads=2, kv_heads=2, head_dim=80),
     "odd group": Case([50], [30], q_heads=7, kv_heads=1),
+    "some with nothing": Case([30, 40, 7], [0, 2, 0]),
     "wide group": Case([20], [3], q_heads=64, kv_heads=1),
     "window": Case([200, 0, 40], [40, 90, 1], q_heads=4, kv_heads=1, window=50),
     "window of one": Case([70], [10], window=1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -28,17 +29,16 @@ BACKENDS = (
         marks=pytest.mark.skipif(not importlib.util.find_spec("flashinfer"), reason="needs FlashInfer"),
     ),
 )
-LARGE = {
-    "decode, 8B": Case(
-        [1000, 1, 40_000, 255, 256, 257] + [513] * 58, [1] * 64, q_heads=32, kv_heads=8, head_dim=128
-    ),
-    "mixed, 8B": Case(
-        [3000, 0, 1000, 0], [1, 1500, 700, 1], q_heads=32, kv_heads=8, head_dim=128, block_size=32
-    ),
-    "window, no groups": Case([3000, 0], [200, 900], q_heads=4, kv_heads=4, head_dim=80, window=512),
-    "head of 256": Case([300, 900], [100, 1], q_heads=8, kv_heads=4, head_dim=256),
-    "prompts": Case([0] * 5, [700, 1, 128, 2, 65], q_heads=16, kv_heads=2, head_dim=64),
+ALL = {f"decode, {name}": case for name, case in DECODE.items()} | SEVERAL
+WIDE = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}
+LARGE: dict[str, dict[str, Any]] = {
+    "decode, 8B": {"contexts": [1000, 1, 40_000, 255, 256, 257] + [513] * 58, "counts": [1] * 64, **WIDE},
+    "mixed, 8B": {"contexts": [3000, 0, 1000, 0], "counts": [1, 1500, 700, 1], "block_size": 32, **WIDE},
+    "window, head of 80": {"contexts": [3000, 0], "counts": [200, 900], "head_dim": 80, "window": 512},
+    "head of 256": {"contexts": [300, 900], "counts": [100, 1], "head_dim": 256},
+    "prompts": {"contexts": [0] * 5, "counts": [700, 1, 128, 2, 65], "q_heads": 16, "head_dim": 64},
 }
+"""Made where they are used: they take time and memory."""
 
 
 def _on_gpu(case: Case, dtype: torch.dtype) -> Case:
@@ -47,9 +47,9 @@ def _on_gpu(case: Case, dtype: torch.dtype) -> Case:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", [*DECODE, *(name for name in SEVERAL if name not in DECODE)])
+@pytest.mark.parametrize("name", ALL)
 def test_matches_reference(name: str, backend: str, dtype: torch.dtype) -> None:
-    case = _on_gpu({**SEVERAL, **DECODE}[name], dtype)
+    case = _on_gpu(ALL[name], dtype)
     if backend == "flashinfer" and (dtype == torch.float32 or case.head_dim not in (64, 128, 256)):
         pytest.skip("FlashInfer does not serve this")
     case.check(create_attention("cuda", backend, head_dim=case.head_dim, dtype=dtype))
@@ -58,7 +58,7 @@ def test_matches_reference(name: str, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", LARGE)
 def test_large_batches_match_reference(name: str, dtype: torch.dtype) -> None:
-    case = _on_gpu(LARGE[name], dtype)
+    case = Case(**LARGE[name], dtype=dtype, device="cuda")
     case.check(create_attention("cuda", head_dim=case.head_dim, dtype=dtype))
     case.check(create_attention("cuda", "triton", head_dim=case.head_dim, dtype=dtype))
 

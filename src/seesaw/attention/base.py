@@ -42,6 +42,9 @@ class AttentionBackend(Protocol):
     """Causal attention over the paged pool."""
 
     name: str
+    capturable: bool
+    """Whether a CUDA graph can hold calls with a `max_query` of 1, and serve whatever the tensors of the batch hold
+    when it is replayed. Such a backend writes nothing for a negative slot, so that a batch can be padded."""
 
     def attend(
         self,

@@ -42,6 +42,7 @@ class FlashInferAttention:
     """
 
     name = "flashinfer"
+    capturable = True
 
     def __init__(self, library: Any, own: TritonAttention) -> None:
         """`library` is the module `flashinfer`."""

@@ -39,6 +39,7 @@ class TritonAttention:
     """
 
     name = "triton"
+    capturable = True
 
     def __init__(
         self,

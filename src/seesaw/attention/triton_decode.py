@@ -48,7 +48,7 @@ _STORE_TILE = 1024
 _COMBINE_TILE = 16
 
 
-@triton.jit(do_not_specialize=["k_stride", "v_stride"])
+@triton.jit
 def _store(
     k,
     v,
