@@ -1,4 +1,4 @@
-"""Import this before any module of kernels: the process then runs Triton kernels in Triton's interpreter, on CPU tensors.
+"""Import this before any module of kernels: the process then interprets Triton kernels, on CPU tensors.
 
 With `TRITON_INTERPRET=0` in the environment kernels are compiled instead, for the tests marked `gpu`; those that need
 the interpreter are skipped.

@@ -1,4 +1,4 @@
-"""`python -m tests.ops.compile_kernels CAPABILITY`: compiles the kernels of the operators for a GPU that need not be here."""
+"""`python -m tests.ops.compile_kernels CAPABILITY`: compiles the kernels of the operators without a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(capability: int) -> None:
         assert all(size == 16 for size in found[:-1]), (kernel.__name__, constants, found)
         print("compiled", kernel.__name__, found)
 
-    rows = {name: half for name in ("x", "delta", "weight", "out")}
+    rows = dict.fromkeys(("x", "delta", "weight", "out"), half)
     compiled(kernels.norm_rows, {**rows, **NORM}, {"ADD": True, "ROWS": 1, "COLUMNS": 4096}, 8, "rows")
     compiled(kernels.norm_rows, {**rows, **NORM}, {"ADD": False, "ROWS": 1, "COLUMNS": 8192}, 16, "rows")
     heads = {"heads": half, "cos": wide, "sin": wide, "q_weight": half, "k_weight": half, **ROTATE}

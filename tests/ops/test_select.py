@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 
 import pytest
@@ -22,8 +23,7 @@ def test_the_best_operators_of_a_device() -> None:
 
 
 def test_a_cuda_device_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tests.triton_interpreter  # skips without Triton
-
+    importlib.import_module("tests.triton_interpreter")  # skips without Triton
     monkeypatch.setenv("CC", "cc")
     for device, name in (("cuda", None), ("cuda:1", "triton")):
         assert create_operators(device, name, dtype=torch.bfloat16).name == "triton"

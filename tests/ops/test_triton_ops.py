@@ -15,6 +15,7 @@ triton_interpreter.skip_unless_interpreting()
 from tests.ops import triton_cases  # noqa: E402 - behind the interpreter's switch
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 class TestInterpreted(triton_cases.Cases):
     """See `triton_cases`."""
 

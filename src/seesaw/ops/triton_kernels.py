@@ -5,7 +5,8 @@ byte. So each reads its operands once and writes its result once, in accesses of
 allow, which Triton sees from arguments that 16 divides), and nothing is kept between programs. Offsets of rows
 are 64-bit: a prefill's `[tokens, 2 * ffn]` can pass 2^31 elements.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: N803 - Triton writes constants of a kernel in capitals
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def norm_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Whole rows in registers, `ROWS` a program: the sum of squares is of what is then scaled, and of what was added."""
+    """`ROWS` whole rows a program, in registers: what was added and summed is what is then scaled."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
@@ -103,8 +104,10 @@ def silu_mul_rows(gate_up, out, columns, row_stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def argmax_parts(logits, out, columns, row_stride, part, parts, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """The best of `part` columns of a row a program. What `out` gets orders as (value, lower column), or with `LAST`,
-    where a row has one part, is the column."""
+    """The best of `part` columns of a row a program.
+
+    What `out` gets orders as (value, lower column); with `LAST`, where a row has one part, it is the column.
+    """
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * part
     stop = tl.minimum(start + part, columns)
