@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import shutil
 from typing import TYPE_CHECKING
 
 from seesaw.core.errors import ConfigError
@@ -57,7 +54,9 @@ def _native(dtype: torch.dtype | None, required: bool) -> Operators:
 
 
 def _triton(dtype: torch.dtype | None, required: bool) -> Operators:
-    missing = _missing_for_triton()
+    from seesaw.native.triton_here import missing_for_triton
+
+    missing = missing_for_triton()
     if missing is not None:
         if required:
             raise ConfigError(f"operators: 'triton' cannot run: {missing}; or use 'torch'")
@@ -70,14 +69,3 @@ def _triton(dtype: torch.dtype | None, required: bool) -> Operators:
         return _torch()
     logger.info("operators: fused Triton kernels; matrix products by torch")
     return TritonOperators()
-
-
-def _missing_for_triton() -> str | None:
-    """What Triton lacks here, and how to get it."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; `pip install 'seesaw-llm[cuda]'` installs it"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return (
-            "Triton finds no C compiler, which it builds its launchers with; install gcc, or name one in CC"
-        )
-    return None
