@@ -17,14 +17,27 @@ from seesaw.core.errors import MemoryBudgetError
 from seesaw.kv import registered
 from seesaw.kv.registered import CudaRuntime, HostRegistration
 from seesaw.kv.transfers import copy_slabs, swap_in, swap_out
-from tests.kv.test_transfers import BLOCK_SIZE, HEAD_DIM, bits, host_buffer, random_kv
+from tests.kv.test_transfers import BLOCK_SIZE, HEAD_DIM, LAYERS, bits, host_buffer, random_kv
 
 PAGE = mmap.PAGESIZE
 Call = tuple[str, int, int]
 
 
+class Stream:
+    """Work in order, done up to some point."""
+
+    def __init__(self) -> None:
+        self.queue: list[Callable[[], None]] = []
+        self.done = 0
+
+    def run(self, until: int) -> None:
+        while self.done < until:
+            self.queue[self.done]()
+            self.done += 1
+
+
 class Device:
-    """A runtime and a stream: what it is given it does as late as it may, or by chance earlier."""
+    """A runtime and two streams, in and out, that do what they are given as late as they may, or by chance earlier."""
 
     def __init__(
         self, refuse: Callable[[int], int] = lambda size: 0, chance: random.Random | None = None
@@ -34,8 +47,8 @@ class Device:
         self.calls: list[Call] = []
         self.registered: dict[int, int] = {}
         self.pinned_bytes = 0
-        self._queue: list[Callable[[], None]] = []
-        self._done = 0
+        self._streams: tuple[Stream, Stream] = (Stream(), Stream())
+        self._current = self._streams[0]
         self._chance = chance
 
     def register(self, address: int, size: int, read_only: bool) -> int:
@@ -54,26 +67,23 @@ class Device:
 
     def synchronize(self) -> None:
         self.calls.append(("synchronize", 0, 0))
-        self._run(len(self._queue))
+        for stream in self._streams:
+            stream.run(len(stream.queue))
 
     def pinned(self, size: int) -> Tensor:
         self.pinned_bytes += size
         return torch.full((size,), 0xEE, dtype=torch.uint8)
 
     def record(self) -> SimpleNamespace:
-        behind = len(self._queue)
-        return SimpleNamespace(synchronize=lambda: self._run(behind))
+        stream, behind = self._current, len(self._current.queue)
+        return SimpleNamespace(synchronize=lambda: stream.run(behind))
 
     def copy(self, near: Tensor, far: Tensor, table: Tensor, to_host: bool) -> None:
-        """A kernel: queued."""
-        self._queue.append(lambda: copy_slabs(near, far, table, to_host))
+        """A kernel, on the stream of its direction."""
+        self._current = stream = self._streams[to_host]
+        stream.queue.append(lambda: copy_slabs(near, far, table, to_host))
         if self._chance is not None:
-            self._run(self._chance.randint(self._done, len(self._queue)))
-
-    def _run(self, until: int) -> None:
-        while self._done < until:
-            self._queue[self._done]()
-            self._done += 1
+            stream.run(self._chance.randint(stream.done, len(stream.queue)))
 
 
 def refusing(size: int) -> int:
@@ -81,19 +91,23 @@ def refusing(size: int) -> int:
 
 
 def swap(device: Device, registration: HostRegistration, rounds: int, seed: int) -> None:
-    """Random swaps both ways of a rank with some layers and heads, checked after each."""
+    """Random swaps both ways of a rank with some layers and heads, checked after each.
+
+    Blocks that go out are others than those that come in: the order of the two streams is for the caller to keep.
+    """
     chance = random.Random(seed)
     torch.manual_seed(seed)
     pool, host = random_kv(2, 30)[:, 2:5].contiguous(), registration_memory(registration)
     expected_pool, expected_host = bits(pool).clone(), bits(host).clone()
     where = {"layers": range(2, 5), "kv_heads": range(1, 3)}
     for _ in range(rounds):
-        count = chance.randint(1, 20)
-        pairs = list(zip(chance.sample(range(30), count), chance.sample(range(40), count), strict=True))
+        out, count = chance.random() < 0.5, chance.randint(1, 15)
+        blocks = chance.sample(range(15, 30) if out else range(15), count)
+        pairs = list(zip(blocks, chance.sample(range(40), count), strict=True))
         layer = chance.choice([None, 3])
         inner = slice(2, 5) if layer is None else slice(3, 4)
         of_pool = slice(inner.start - 2, inner.stop - 2)
-        if chance.random() < 0.5:
+        if out:
             swap_out(pool, host, pairs, **where, layer=layer, copy=registration.copy_slabs)
             for near, far in pairs:
                 expected_host[far, inner, :, 1:3] = expected_pool[near, of_pool]
@@ -208,12 +222,19 @@ def test_refused_memory_is_copied_through_two_halves(seed: int, eager: bool) -> 
 
 
 def test_halves_hold_a_block_at_least_and_wait_before_they_grow() -> None:
-    device = Device(refusing)
-    registration = HostRegistration(big_host(), runtime=device, staging_bytes=1000, device_copy=device.copy)
-    swap(device, registration, rounds=10, seed=3)
-    assert device.pinned_bytes == 1000 + 2 * (
-        3 * 2 * 2 * BLOCK_SIZE * HEAD_DIM * 2
-    )  # a layer's, then all layers'
+    device, host = Device(refusing), big_host()
+    pool, heads = random_kv(4, 3), range(4)
+    layer_bytes = 2 * 4 * BLOCK_SIZE * HEAD_DIM * 2
+    registration = HostRegistration(
+        host, runtime=device, staging_bytes=2 * layer_bytes, device_copy=device.copy
+    )
+    swap_in(pool, host, [(0, 7)], layers=range(LAYERS), kv_heads=heads, layer=2, copy=registration.copy_slabs)
+    assert device.pinned_bytes == 2 * layer_bytes and not torch.equal(bits(pool[0, 2]), bits(host[7, 2]))
+    swap_in(pool, host, [(1, 8)], layers=range(LAYERS), kv_heads=heads, copy=registration.copy_slabs)
+    assert device.pinned_bytes == 2 * layer_bytes * (1 + LAYERS)
+    assert torch.equal(bits(pool[0, 2]), bits(host[7, 2]))  # done before its half went away
+    device.synchronize()
+    assert torch.equal(bits(pool[1]), bits(host[8]))
 
 
 def test_no_memory_to_copy_through_is_said(caplog: pytest.LogCaptureFixture) -> None:
