@@ -37,7 +37,7 @@ class Stream:
 
 
 class Device:
-    """A runtime and two streams, in and out, that do what they are given as late as they may, or by chance earlier."""
+    """A runtime and two streams, in and out, that do what they are given as late as they may, or sooner by chance."""
 
     def __init__(
         self, refuse: Callable[[int], int] = lambda size: 0, chance: random.Random | None = None

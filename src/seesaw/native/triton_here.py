@@ -12,5 +12,7 @@ def missing_for_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install 'seesaw-llm[cuda]'` installs it"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton finds no C compiler, which it builds its launchers with; install gcc, or name one in CC"
+        return (
+            "Triton finds no C compiler, which it builds its launchers with; install gcc, or name one in CC"
+        )
     return None
