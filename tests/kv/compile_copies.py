@@ -33,6 +33,11 @@ def main(capability: int) -> None:
             assert numbers == [8, 8] and set(moves) == {unit}, (unit, to_host, found)
             # a thread moves its share of the tile and nothing twice
             assert len(moves) == 2 * TILE_BYTES // (8 * 32 * unit), (unit, len(moves))
+    # Triton makes constants of arguments that are 1: a slab of a byte
+    single = {name: 1 for name in (*counts, *strides) if name != "items"}
+    pointers = {"near": "*i8", "far": "*i8", "table": "*i64", "items": "i32"}
+    single.update(WORDS=1, TILE=1, TO_HOST=True)
+    assert access_bytes(copy_tiles, pointers, single, warps=1, capability=capability) == [8, 8, 1, 1]
 
 
 if __name__ == "__main__":

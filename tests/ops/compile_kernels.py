@@ -37,6 +37,16 @@ def main(capability: int) -> None:
     for kind in (half, wide):
         logits = {"logits": kind, "out": "*i64", **ARGMAX}
         compiled(kernels.argmax_parts, logits, {"LAST": kind == half, "BLOCK": 2048}, 4, "parts")
+    # Triton makes constants of arguments that are 1: one row, one head, one column
+    one_row = {name: kind for name, kind in {**rows, **NORM}.items() if name not in ("rows", "columns")}
+    single = {"rows": 1, "columns": 1, "ADD": True, "ROWS": 1024, "COLUMNS": 1}
+    access_bytes(kernels.norm_rows, one_row, single, capability=capability)
+    one_head = {name: kind for name, kind in heads.items() if name not in ("count", "q_heads")}
+    single = {"count": 1, "q_heads": 1, "NORM": True, "HALF": 1, "HEADS": 1, "CHANNELS": 1}
+    access_bytes(kernels.rotate_heads, one_head, single, capability=capability)
+    one_column = {"logits": half, "out": "*i64", "row_stride": "i32"}
+    single = {"columns": 1, "part": 1, "parts": 1, "LAST": True, "BLOCK": 1}
+    access_bytes(kernels.argmax_parts, one_column, single, capability=capability)
     parts = {"winners": "*i64", "out": "*i64", "parts": "i32"}
     access_bytes(kernels.argmax_of_parts, parts, {"PARTS": 64}, warps=1, capability=capability)
 

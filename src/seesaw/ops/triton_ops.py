@@ -17,8 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # that takes 16 bytes or more a thread and enough threads, which differ little between them (latency times
 # bandwidth is 1 to 2 MB on all). They depend on the width of a row and never on the number of rows, so that a
 # row's sums run in the same order in every batch.
-_WIDEST_ROW = 1 << 16
-"""Columns that 32 warps hold in registers, 64 a thread."""
+_WIDEST_ROW = 1 << 15
+"""Columns that 32 warps hold in registers, of float32 as well; the widest model has half as many."""
 _ROW_TILE = 1024
 """Elements a program of `norm_rows` takes at least: rows of narrow models go several to a program."""
 _PER_WARP = 512
@@ -28,7 +28,7 @@ _HEADS_TILE = 1024
 _SILU_TILE = 1024
 _ARGMAX_TILE = 2048
 _ARGMAX_PROGRAMS = 1024
-"""Programs that fill a device (4 to 7 of 4 warps for each SM of any GPU): rows of logits are parted for as many."""
+"""Programs that fill a device (7 or more of 4 warps for each SM): rows of logits are parted for as many."""
 
 
 class TritonOperators(TorchOperators):
