@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,8 +42,9 @@ def test_a_long_job_keeps_memory_flat(tmp_path: Path) -> None:
         assert resident(pids) <= half * 1.02 + (4 << 20)
 
 
-def test_budgets_bound_what_is_allocated(tmp_path: Path) -> None:
-    """Weights, workspace and pool of each rank fit the budget; the host buffer has its exact size."""
+def test_budgets_bound_what_is_allocated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights, workspace and pool of each rank fit the budget and are logged; the host buffer has its exact size."""
+    caplog.set_level(logging.INFO, logger="seesaw.launch")
     path = make_checkpoint(tmp_path, "qwen3")
     budget = 8 << 20
     with LLM(path, plan="P2->T2", dtype="float32", device_memory=budget, host_kv="1MiB", chunk=64) as llm:
@@ -51,3 +53,6 @@ def test_budgets_bound_what_is_allocated(tmp_path: Path) -> None:
             assert weights + workspace + pool <= budget
         block = spec.kv_bytes_per_token("float32") * 16
         assert memory.host_blocks == (1 << 20) // block
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+    says = f"memory of rank {memory.fullest}, the fullest, within 8.00 MiB: {memory.describe(memory.fullest)}"
+    assert says in caplog.text and "KV pool" in says and "activations" in says

@@ -1,4 +1,4 @@
-"""The copy thread: order, overlap, errors that are never lost, and a clean end."""
+"""Copies of a CPU rank, on their thread: order, overlap, errors that are never lost, and a clean end."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 import seesaw
+from seesaw.device.cpu import CpuDevice
 from seesaw.kv.copy_engine import CopyEngine
 
 WAIT = 10.0
 
 
 def test_runs_in_order_beside_the_caller() -> None:
-    engine, gate, seen = CopyEngine(), threading.Event(), list[object]()
+    device, gate, seen = CpuDevice(), threading.Event(), list[object]()
+    engine = CopyEngine(device)
 
     def first() -> int:
         assert gate.wait(WAIT)
@@ -32,25 +34,26 @@ def test_runs_in_order_beside_the_caller() -> None:
     def done(size: int, seconds: float) -> None:
         seen.append((size, seconds >= 0))
 
-    engine.submit(first, done)
-    engine.submit(second, done)
+    engine.to_host(first, done)
+    engine.to_host(second, done)
     assert seen == []  # both are submitted, and the caller goes on
     gate.set()
     engine.drain()
     assert seen == ["first", (10, True), "second", (20, True)]
-    engine.close()
+    device.close()
 
 
 def test_drain_waits_for_what_was_submitted_and_may_be_repeated() -> None:
-    engine, done = CopyEngine(), list[int]()
+    device, done = CpuDevice(), list[int]()
+    engine = CopyEngine(device)
     engine.drain()
     for round in range(1, 4):
         for index in range(50):
-            engine.submit(partial(int, index), lambda size, _: done.append(size))
+            engine.to_host(partial(int, index), lambda size, _: done.append(size))
         engine.drain()
         assert done == list(range(50)) * round
-    engine.close()
-    engine.close()
+    device.close()
+    device.close()
 
 
 class DiskOnFireError(Exception):
@@ -67,30 +70,32 @@ def fail_when_done(size: int, seconds: float) -> None:
 
 @pytest.mark.parametrize("in_copy", [True, False])
 def test_error_stops_the_engine_and_comes_back_every_time(in_copy: bool) -> None:
-    engine, ran = CopyEngine(), list[str]()
+    device, ran = CpuDevice(), list[str]()
+    engine = CopyEngine(device)
     if in_copy:
-        engine.submit(fail, lambda *_: ran.append("done"))
+        engine.to_host(fail, lambda *_: ran.append("done"))
     else:
-        engine.submit(lambda: 1, fail_when_done)
+        engine.to_host(lambda: 1, fail_when_done)
     with pytest.raises(DiskOnFireError):
         engine.drain()
     with pytest.raises(DiskOnFireError):
-        engine.submit(lambda: len(ran), lambda *_: ran.append("later"))
+        engine.to_host(lambda: len(ran), lambda *_: ran.append("later"))
     with pytest.raises(DiskOnFireError):
         engine.drain()
-    engine.close()  # told already
+    device.close()  # told already
     assert ran == []
 
 
 def test_copies_queued_behind_an_error_are_dropped() -> None:
-    engine, gate, ran = CopyEngine(), threading.Event(), list[str]()
+    device, gate, ran = CpuDevice(), threading.Event(), list[str]()
+    engine = CopyEngine(device)
 
     def fail_late() -> int:
         assert gate.wait(WAIT)
         return fail()
 
-    engine.submit(fail_late)
-    engine.submit(lambda: len(ran), lambda *_: ran.append("later"))
+    engine.to_host(fail_late)
+    engine.to_host(lambda: len(ran), lambda *_: ran.append("later"))
     gate.set()
     with pytest.raises(DiskOnFireError):
         engine.drain()
@@ -98,19 +103,20 @@ def test_copies_queued_behind_an_error_are_dropped() -> None:
 
 
 def test_close_tells_an_error_nobody_saw() -> None:
-    engine = CopyEngine()
-    engine.submit(fail)
+    device = CpuDevice()
+    CopyEngine(device).to_host(fail)
     with pytest.raises(DiskOnFireError):
-        engine.close()
-    engine.close()
+        device.close()
+    device.close()
 
 
 LEAVE = """
 import sys, time
+from seesaw.device.cpu import CpuDevice
 from seesaw.kv.copy_engine import CopyEngine
-engine = CopyEngine()
+engine = CopyEngine(CpuDevice())
 for index in range(3):
-    engine.submit(lambda: time.sleep(0.05) or 1, lambda size, seconds: sys.stdout.write("copied\\n"))
+    engine.to_host(lambda: time.sleep(0.05) or 1, lambda size, seconds: sys.stdout.write("copied\\n"))
 {end}
 """
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seesaw.transport.base import Members, Transport
+from seesaw.transport.nccl import Link
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float32, torch.bfloat16)
 SIZES = (0, 1, 3, 17, 31, 64, 250, 1000, 1023, 4096, 5001)
@@ -78,15 +79,20 @@ def groups_of(program: list[Call]) -> list[Members]:
     return list(dict.fromkeys(call.members for call in program if call.what not in ("send", "receive")))
 
 
-def run_program(transport: Transport, rank: int, program: list[Call]) -> None:
-    """Carry out the rank's part, and check what every call gives."""
+def links_of(program: list[Call]) -> list[Link]:
+    """The links that a program's messages take."""
+    return list(dict.fromkeys((*call.members, call.channel) for call in program if call.what == "send"))  # type: ignore[misc]
+
+
+def run_program(transport: Transport, rank: int, program: list[Call], *, ordered: bool = True) -> None:
+    """Carry out the rank's part, and check what every call gives; sums to the bit if they are `ordered`."""
     for call in program:
         if rank not in call.members:
             continue
         if call.what in ("send", "receive"):
             _message(transport, rank, call)
         else:
-            _collective(transport, rank, call)
+            _collective(transport, rank, call, ordered)
 
 
 def _message(transport: Transport, rank: int, call: Call) -> None:
@@ -101,12 +107,17 @@ def _message(transport: Transport, rank: int, call: Call) -> None:
         assert torch.equal(x, call.data(source)), call
 
 
-def _collective(transport: Transport, rank: int, call: Call) -> None:
+def _collective(transport: Transport, rank: int, call: Call, ordered: bool) -> None:
     x = call.data(rank)
     if call.what == "all_reduce":
         assert transport.all_reduce(x, call.members) is x
         expected = ordered_sum([call.data(m) for m in call.members])
-        assert torch.equal(x, expected), (call, (x != expected).nonzero().flatten()[:5])
+        if ordered:
+            assert torch.equal(x, expected), (call, (x != expected).nonzero().flatten()[:5])
+        else:
+            size = sum(call.data(m).abs().float() for m in call.members)
+            near = (x.float() - expected.float()).abs() <= 0.02 * size
+            assert near.all() and (x.dtype.is_floating_point or torch.equal(x, expected)), call
     elif call.what == "broadcast":
         assert transport.broadcast(x, call.members) is x
         assert torch.equal(x, call.data(call.members[0])), call

@@ -18,8 +18,10 @@ import torch
 
 from seesaw.transport.base import Members, Transport
 from seesaw.transport.gloo import GlooTransport
+from seesaw.transport.nccl import Link, NcclTransport
 from seesaw.transport.shared_memory import SharedMemoryTransport, create_region
 from seesaw.transport.sockets import SocketTransport
+from seesaw.transport.staged import StagedTransport
 
 TIMEOUT = 60.0
 
@@ -32,6 +34,8 @@ class Setup(AbstractContextManager["Setup"]):
     world: int
     options: dict[str, Any] = field(default_factory=dict)
     groups: Sequence[Members] = ()
+    links: Sequence[Link] = ()
+    staged: bool = False
     region: int = -1
 
     def __post_init__(self) -> None:
@@ -42,8 +46,14 @@ class Setup(AbstractContextManager["Setup"]):
     def connect(self, rank: int) -> Transport:
         """The rank's end."""
         if self.kind == "shm":
-            return SharedMemoryTransport(self.region, rank, self.world)
+            transport = SharedMemoryTransport(self.region, rank, self.world)
+            return StagedTransport(transport) if self.staged else transport
         where = self.directory.name
+        if self.kind == "nccl":  # the class, over a backend that needs no GPU
+            cpu = torch.device("cpu")
+            return NcclTransport(
+                rank, self.world, where, self.groups, self.links, device=cpu, timeout=TIMEOUT, backend="gloo"
+            )
         if self.kind == "tcp":
             return SocketTransport(rank, self.world, where, "127.0.0.1", timeout=TIMEOUT, **self.options)
         return GlooTransport(rank, self.world, where, self.groups, timeout=TIMEOUT)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from seesaw.transport.base import Transport
-from tests.transport.programs import groups_of, ordered_sum, random_program, run_program
+from tests.transport.programs import groups_of, links_of, ordered_sum, random_program, run_program
 from tests.transport.ranks import Setup, run_ranks
 
 TINY_REGION = {"slot_bytes": 4096, "one_round_bytes": 1024, "blocks": (4, 3), "block_bytes": (4096, 1000)}
@@ -34,6 +34,22 @@ def test_random_programs(case: str, world: int) -> None:
     program = random_program(world, 100, seed=world, large=200_003, in_flight=CASES[case][2])
     with setup_for(case, world, groups=groups_of(program)) as setup:
         run_ranks(setup, lambda transport, rank: run_program(transport, rank, program))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_random_programs_on_ranks_that_talk_through_the_host(world: int) -> None:
+    """Staging changes no bit."""
+    program = random_program(world, 60, seed=world, large=200_003, in_flight=16)
+    with Setup("shm", world, staged=True) as setup:
+        run_ranks(setup, lambda transport, rank: run_program(transport, rank, program))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_random_programs_over_communicators_for_each_link(world: int) -> None:
+    """What `NcclTransport` asks of `torch.distributed`, of a backend that runs here."""
+    program = random_program(world, 60, seed=world, large=200_003, in_flight=1)
+    with Setup("nccl", world, groups=groups_of(program), links=links_of(program)) as setup:
+        run_ranks(setup, lambda transport, rank: run_program(transport, rank, program, ordered=False))
 
 
 @pytest.mark.slow

@@ -30,8 +30,10 @@ class TensorParallelGroup:
         """Logits `[M, vocab]` on tensor-parallel index 0 from `[M, widths[i]]` on index i; None elsewhere."""
         if len(widths) == 1:
             return local
-        padded = pad(local, (0, max(widths) - local.shape[1])).contiguous()
-        parts = self.transport.gather(padded, self.view.tp_ranks)
+        narrower = max(widths) - local.shape[1]
+        if narrower:
+            local = pad(local, (0, narrower))
+        parts = self.transport.gather(local.contiguous(), self.view.tp_ranks)
         if parts is None:
             return None
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
@@ -68,6 +70,7 @@ class PipelineLinks:
 
     view: RankView
     transport: Transport
+    device: torch.device
 
     def send_hidden(self, hidden: Tensor) -> None:
         """Hand hidden states to the next stage without waiting for it."""
@@ -77,7 +80,7 @@ class PipelineLinks:
     def receive_hidden(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """Hidden states `[rows, width]` from the previous stage."""
         assert self.view.previous_rank is not None
-        hidden = torch.empty(rows, width, dtype=dtype)
+        hidden = torch.empty(rows, width, dtype=dtype, device=self.device)
         return self.transport.receive(hidden, self.view.previous_rank, _HIDDEN)
 
     def send_tokens(self, tokens: Tensor) -> None:
@@ -87,7 +90,7 @@ class PipelineLinks:
 
     def receive_tokens(self, count: int) -> Tensor:
         """`count` sampled tokens from the last stage."""
-        tokens = torch.empty(count, dtype=torch.int64)
+        tokens = torch.empty(count, dtype=torch.int64, device=self.device)
         return self.transport.receive(tokens, self.view.sampler_rank, _TOKENS)
 
     def flush(self) -> None:

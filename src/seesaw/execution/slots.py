@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from seesaw.attention.base import AttentionBatch
 from seesaw.core.actions import FEEDBACK, Forward
 
-IntArray = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from seesaw.device.base import Array, Device
 
 
 @dataclass(slots=True)
 class Inputs:
-    """A Forward turned into arrays: token ids and positions `[N]`, and what attention needs."""
+    """A Forward turned into tensors on the device: token ids and positions `[N]`, and what attention needs."""
 
-    tokens: IntArray
+    tokens: Tensor
     positions: Tensor
     attention: AttentionBatch
     sampled_rows: Tensor | None
@@ -29,13 +30,13 @@ class Inputs:
 
 
 class SlotTables:
-    """Block tables and latest tokens by slot. Written from the actions alone."""
+    """Block tables and latest tokens by slot. Written from the actions alone; the tokens stay on the device."""
 
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+    def __init__(self, block_size: int, device: Device) -> None:
+        self._block_size, self._device = block_size, device
         self._blocks = np.zeros((16, 16), dtype=np.int32)
         self._counts = np.zeros(16, dtype=np.int64)
-        self._latest = np.zeros(16, dtype=np.int64)
+        self._latest = torch.zeros(16, dtype=torch.int64, device=device.torch)
 
     def update(self, forward: Forward) -> None:
         """Open slots and append blocks as the action says."""
@@ -49,9 +50,10 @@ class SlotTables:
             self._blocks[slot, count] = block
             self._counts[slot] = count + 1
 
-    def set_latest(self, slots: list[int], tokens: IntArray) -> None:
-        """Note the latest sampled token of each slot."""
-        self._latest[slots] = tokens
+    def set_latest(self, slots: list[int], tokens: Tensor) -> None:
+        """Note the latest sampled token of each slot: `tokens` `[len(slots)]` on the device."""
+        (places,) = self._device.upload([np.asarray(slots, dtype=np.int64)])
+        self._latest.index_copy_(0, places, tokens)
 
     def inputs(self, forward: Forward) -> Inputs:
         """Token ids (FEEDBACK replaced by the latest token of its slot), positions and block tables."""
@@ -65,32 +67,53 @@ class SlotTables:
         width = -(-int((starts + counts).max()) // self._block_size)
         tables = self._blocks[slots, :width]
         places = tables[rows, positions // self._block_size].astype(np.int64)
-        mapping = places * self._block_size + positions % self._block_size
-        tokens = np.asarray(forward.tokens, dtype=np.int64)
-        if forward.feedback_from >= 0:
-            tokens = np.where(tokens == FEEDBACK, self._latest[slots[rows]], tokens)
         query_starts = np.zeros(len(slots) + 1, dtype=np.int32)
         query_starts[1:] = ends
-        attention = AttentionBatch(
-            query_starts=torch.from_numpy(query_starts),
-            context_starts=torch.from_numpy(starts.astype(np.int32)),
-            block_tables=torch.from_numpy(np.ascontiguousarray(tables)),
-            slot_mapping=torch.from_numpy(mapping),
-            max_query=int(counts.max()),
+        arrays: list[Array] = [
+            np.asarray(forward.tokens, dtype=np.int64),
+            positions,
+            query_starts,
+            starts.astype(np.int32),
+            np.ascontiguousarray(tables),
+            places * self._block_size + positions % self._block_size,
+        ]
+        if forward.feedback_from >= 0:
+            arrays.append(slots[rows])
+        every = len(forward.sampled) == total
+        if not every:
+            items = np.asarray(forward.sampled, dtype=np.int64)
+            arrays += [
+                np.arange(len(items) + 1, dtype=np.int32),
+                (starts + counts - 1)[items].astype(np.int32),
+                tables[items],
+                ends[items] - 1,
+            ]
+        return self._inputs(
+            self._device.upload(arrays), int(counts.max()), fed_back=forward.feedback_from >= 0, every=every
         )
-        if len(forward.sampled) == total:
-            return Inputs(tokens, torch.from_numpy(positions), attention, None, attention)
-        items = np.asarray(forward.sampled, dtype=np.int64)
+
+    def _inputs(self, tensors: list[Tensor], max_query: int, *, fed_back: bool, every: bool) -> Inputs:
+        """From the tensors, in the order in which `inputs` makes them."""
+        tokens, positions, query_starts, starts, tables, mapping, *rest = tensors
+        if fed_back:
+            tokens = torch.where(tokens == FEEDBACK, self._latest.index_select(0, rest.pop(0)), tokens)
+        attention = AttentionBatch(
+            query_starts=query_starts,
+            context_starts=starts,
+            block_tables=tables,
+            slot_mapping=mapping,
+            max_query=max_query,
+        )
+        if every:
+            return Inputs(tokens, positions, attention, None, attention)
         asking = AttentionBatch(
-            query_starts=torch.arange(len(items) + 1, dtype=torch.int32),
-            context_starts=torch.from_numpy((starts + counts - 1)[items].astype(np.int32)),
-            block_tables=torch.from_numpy(tables[items]),
-            slot_mapping=attention.slot_mapping,
+            query_starts=rest[0],
+            context_starts=rest[1],
+            block_tables=rest[2],
+            slot_mapping=mapping,
             max_query=1,
         )
-        return Inputs(
-            tokens, torch.from_numpy(positions), attention, torch.from_numpy(ends[items] - 1), asking
-        )
+        return Inputs(tokens, positions, attention, rest[3], asking)
 
     def _make_room(self, slot: int, blocks: int) -> None:
         rows, columns = self._blocks.shape
@@ -99,4 +122,4 @@ class SlotTables:
             grown[:rows, :columns] = self._blocks
             self._blocks = grown
             self._counts = np.concatenate([self._counts, np.zeros(len(grown) - rows, dtype=np.int64)])
-            self._latest = np.concatenate([self._latest, np.zeros(len(grown) - rows, dtype=np.int64)])
+            self._latest = torch.cat([self._latest, self._latest.new_zeros(len(grown) - rows)])

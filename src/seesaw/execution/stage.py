@@ -6,13 +6,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from seesaw.attention.base import AttentionBackend
-from seesaw.core.actions import Forward, ForwardDone
+from seesaw.core.actions import ChosenToken, Forward, ForwardDone
 from seesaw.core.model_spec import ModelSpec
+from seesaw.core.workspace import logit_rows
+from seesaw.device.base import Device
 from seesaw.execution.collectives import PipelineLinks, TensorParallelGroup
 from seesaw.execution.sampler import Sampler, SampleResult
 from seesaw.execution.slots import Inputs, SlotTables
@@ -55,23 +58,29 @@ class Stage:
         attention: AttentionBackend,
         operators: Operators,
         block_size: int,
+        device: Device,
     ) -> None:
         self.view = view
+        self._device = device
         self._spec, self._dtype, self._group = spec, dtype, group
         self._vocab_widths = vocab_widths
         self._decoder = Decoder(spec, view, weights, group, operators)
         self._pool, self._attention = pool, attention
-        self._slots = SlotTables(block_size)
-        self._links = PipelineLinks(view, group.transport)
+        self._slots = SlotTables(block_size, device)
+        self._links = PipelineLinks(view, group.transport, device.torch)
         self._operators = operators
+        self._logit_rows = logit_rows(spec.vocab)
         self._sampler = Sampler(spec.vocab, operators.argmax) if view.rank == view.sampler_rank else None
         self._particular: set[int] = set()
         """Open slots that want more than the most likely token; known on every rank of the last stage."""
         self._expected: deque[Forward] = deque()
         """Forwards whose sampled tokens the last stage will send to this rank, oldest first."""
 
-    def run(self, forward: Forward, after_attention: Callable[[int], None] | None) -> ForwardDone | None:
-        """Run one micro-batch; the rank that samples returns what is reported of it."""
+    def run(
+        self, forward: Forward, after_attention: Callable[[int], None] | None
+    ) -> Callable[[], ForwardDone] | None:
+        """Launch one micro-batch. The rank that samples returns what makes its report, to be called when the
+        device's compute stream has done what was launched."""
         started = time.perf_counter()
         self._open_and_close(forward)
         with torch.inference_mode():
@@ -87,10 +96,8 @@ class Stage:
             result = self._sample(forward, hidden)
             if self._sampler is None:
                 return None
-            model = time.perf_counter() - prepared
-            tokens = result.tokens.tolist()
-            host = time.perf_counter() - started - model
-            return ForwardDone(forward.id, tokens, result.logprobs, host_seconds=host)
+            tokens = self._device.download(result.tokens)
+            return partial(_report, forward.id, tokens, result.logprobs, prepared - started)
 
     def finish(self) -> None:
         """Take in and send out whatever is still between the stages."""
@@ -112,7 +119,7 @@ class Stage:
     def _compute(self, inputs: Inputs, after_attention: Callable[[int], None] | None) -> Tensor:
         """What leaves this stage: hidden states of all tokens, or on the last one of those to be sampled."""
         if self.view.first_stage:
-            hidden = self._decoder.embed(torch.from_numpy(inputs.tokens))
+            hidden = self._decoder.embed(inputs.tokens)
         else:
             hidden = self._links.receive_hidden(len(inputs.tokens), self._spec.hidden, self._dtype)
         attend = _PagedAttend(self._attention, self._pool, self._spec, self.view.layers.start, inputs)
@@ -127,22 +134,30 @@ class Stage:
     def _sample(self, forward: Forward, rows: Tensor) -> SampleResult:
         """Sample, and give the tokens to the first stage. Only the sampler's rank gets the true result."""
         slots = [forward.slots[i] for i in forward.sampled]
-        result = SampleResult(torch.empty(len(slots), dtype=torch.int64), [])
         if not slots:
-            return result
-        local = self._decoder.logits(rows)
-        if self._particular.isdisjoint(slots):
-            tokens = self._choose_greedily(local)
-            if tokens is not None:
-                result = SampleResult(tokens, [])
-        else:
-            logits = self._group.gather_logits(local, self._vocab_widths)
-            if self._sampler is not None:
-                assert logits is not None
-                result = self._sampler.sample(logits, slots)
+            return self._none_chosen(0)
+        step = self._logit_rows
+        parts = [slice(start, start + step) for start in range(0, len(slots), step)]
+        result = joined([self._sample_rows(slots[part], rows[part]) for part in parts])
         if forward.feedback:
             self._feed_back(slots, result.tokens)
         return result
+
+    def _sample_rows(self, slots: list[int], rows: Tensor) -> SampleResult:
+        """Logits of no more rows than memory is set aside for, and what is chosen from them."""
+        local = self._decoder.logits(rows)
+        if self._particular.isdisjoint(slots):
+            tokens = self._choose_greedily(local)
+            return self._none_chosen(len(slots)) if tokens is None else SampleResult(tokens, [])
+        logits = self._group.gather_logits(local, self._vocab_widths)
+        if self._sampler is None:
+            return self._none_chosen(len(slots))
+        assert logits is not None
+        return self._sampler.sample(logits, slots)
+
+    def _none_chosen(self, count: int) -> SampleResult:
+        """What ranks have that do not sample: room for the tokens of the one that does."""
+        return SampleResult(torch.empty(count, dtype=torch.int64, device=self._device.torch), [])
 
     def _choose_greedily(self, local: Tensor) -> Tensor | None:
         """The most likely tokens: each rank looks through its own logits, and only the best are compared."""
@@ -153,7 +168,7 @@ class Stage:
     def _feed_back(self, slots: list[int], tokens: Tensor) -> None:
         """Give the sampled tokens to the first stage: this rank's own group, or ranks at the far end."""
         if self.view.first_stage:
-            self._slots.set_latest(slots, self._group.broadcast_tokens(tokens).numpy())
+            self._slots.set_latest(slots, self._group.broadcast_tokens(tokens))
         elif self._sampler is not None:
             self._links.send_tokens(tokens)
 
@@ -165,4 +180,24 @@ class Stage:
         while self._expected and (until is None or self._expected[0].id <= until):
             forward = self._expected.popleft()
             tokens = self._links.receive_tokens(len(forward.sampled))
-            self._slots.set_latest([forward.slots[i] for i in forward.sampled], tokens.numpy())
+            self._slots.set_latest([forward.slots[i] for i in forward.sampled], tokens)
+
+
+def _report(
+    forward: int, tokens: Tensor, logprobs: list[ChosenToken | None], preparing: float
+) -> ForwardDone:
+    """Of a micro-batch whose `tokens` have come to the host; `preparing` seconds went to its inputs."""
+    started = time.perf_counter()
+    listed = tokens.tolist()
+    return ForwardDone(forward, listed, logprobs, host_seconds=preparing + time.perf_counter() - started)
+
+
+def joined(parts: list[SampleResult]) -> SampleResult:
+    """One result of those of consecutive rows."""
+    if len(parts) == 1:
+        return parts[0]
+    logprobs: list[ChosenToken | None] = []
+    if any(part.logprobs for part in parts):
+        for part in parts:
+            logprobs += part.logprobs or [None] * len(part.tokens)
+    return SampleResult(torch.cat([part.tokens for part in parts]), logprobs)

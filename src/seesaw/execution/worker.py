@@ -24,6 +24,8 @@ from seesaw.attention.select import create_attention
 from seesaw.core.actions import Forward, SwapIn, SwapOut, Transition
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType
+from seesaw.device.base import Device
+from seesaw.device.select import open_device
 from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.heap import keep_heap
 from seesaw.execution.liveness import BEAT
@@ -74,10 +76,10 @@ def sharding_of(message: ShardingMessage) -> Sharding:
 class Worker:
     """One rank. The main thread computes; a copy thread moves KV; reports may come from either."""
 
-    def __init__(self, config: WorkerConfig, report: Callable[[FromWorker], None]) -> None:
+    def __init__(self, config: WorkerConfig, report: Callable[[FromWorker], None], device: Device) -> None:
         self.phase = "startup"
         """What the worker is doing, for error messages."""
-        self._config, self._report = config, report
+        self._config, self._report, self._device = config, report, device
         self._spec = config.spec
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._shardings = [sharding_of(m) for m in config.shardings]
@@ -85,9 +87,9 @@ class Worker:
         self._profile = Profile() if config.profile else None
         self.trace = RankTrace(config.rank, report) if config.trace else None
         """What the rank tells of its doings; None unless a trace is written."""
-        attention = create_attention(config.device, config.attention, head_dim=config.spec.head_dim)
+        attention = create_attention(device.name, config.attention, head_dim=config.spec.head_dim)
         self._attention = self._timed(attention, "attend")
-        operators = create_operators(config.device, dtype=self._dtype)
+        operators = create_operators(device.name, dtype=self._dtype)
         self._operators = self._timed(
             operators, "linear", "rms_norm", "add_rms_norm", "rotate", "silu_mul", "argmax"
         )
@@ -95,12 +97,14 @@ class Worker:
         if self.trace is not None:
             self._transport = self.trace.watch(self._transport)
         self._store = self._open_store()
-        self._weights = RankWeights(config.spec, self._store, cast(DType, config.dtype), config.rank)
+        self._weights = RankWeights(
+            config.spec, self._store, cast(DType, config.dtype), config.rank, device=device.torch
+        )
         self._weights.load(self._shardings[0])
         self._check_weights()
-        self._pool = DevicePool(max(self._pool_bytes(i) for i in range(len(self._views))))
+        self._pool = DevicePool(max(self._pool_bytes(i) for i in range(len(self._views))), device.torch)
         self._host = self._attach_host_buffer()
-        self._copies = CopyEngine()
+        self._copies = CopyEngine(device)
         self._current = 0
         self._stage = self._make_stage()
 
@@ -177,6 +181,7 @@ class Worker:
             attention=self._attention,
             operators=self._operators,
             block_size=self._config.block_size,
+            device=self._device,
         )
 
     def ready(self) -> Ready:
@@ -194,13 +199,13 @@ class Worker:
             case SwapOut():
                 self.phase = "swap-out"
                 pairs = torch.tensor(message.pairs)
-                self._copies.submit(
+                self._copies.to_host(
                     lambda: self._swap_out(pairs, None), self._acknowledge(message.id, "swap-out")
                 )
             case SwapIn():
                 self.phase = "swap-in"
                 pairs = torch.tensor(message.pairs)
-                self._copies.submit(lambda: self._swap_in(pairs), self._acknowledge(message.id, "swap-in"))
+                self._copies.to_device(lambda: self._swap_in(pairs), self._acknowledge(message.id, "swap-in"))
             case Transition():
                 self.phase = "transition"
                 self._transition(message)
@@ -221,14 +226,14 @@ class Worker:
                 return copied
 
             def after_attention(layer: int) -> None:
-                self._copies.submit(lambda: copy(layer), self._traced_copy("write-through"))
+                self._copies.to_host(lambda: copy(layer), self._traced_copy("write-through"))
 
         with self._profiled(forward), self._traced(forward):
             done = self._stage.run(forward, after_attention)
         if done is not None:
-            self._report(done)
+            self._device.compute.notify(lambda: self._report(done()))
         if forward.write_through:
-            self._copies.submit(lambda: moved, self._acknowledge(forward.id))
+            self._copies.to_host(lambda: moved, self._acknowledge(forward.id))
 
     def _profiled(self, forward: Forward) -> AbstractContextManager[None]:
         if self._profile is None:
@@ -298,8 +303,7 @@ class Worker:
         """Finish copies and sends."""
         self.phase = "shutdown"
         self._stage.finish()
-        self._copies.drain()
-        self._copies.close()
+        self._device.close()
         self._transport.close()
         if self.trace is not None:
             self.trace.flush()
@@ -350,7 +354,7 @@ def worker_main(config: WorkerConfig) -> int:
         enter(config.place)  # after the sockets to the control process are connected: it stays where it is
         keep_heap()
         torch.set_num_threads(config.threads)
-        worker = Worker(config, report)
+        worker = Worker(config, report, open_device(config.device))
         report(worker.ready())
         threading.Thread(target=beat, daemon=True, name="signs-of-life").start()
         _serve(worker, inbox)

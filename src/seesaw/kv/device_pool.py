@@ -20,13 +20,14 @@ class DevicePool:
     The arena is never reallocated; a new view sees whatever bytes the old one left.
     """
 
-    def __init__(self, arena_bytes: int) -> None:
-        """Reserve `arena_bytes` bytes; the system gives pages at first touch.
+    def __init__(self, arena_bytes: int, device: torch.device | None = None) -> None:
+        """Reserve `arena_bytes` bytes on `device`, by default in host memory, where pages come at first touch.
 
         Raises `MemoryBudgetError` if the system refuses.
         """
         self.arena_bytes = arena_bytes
-        self._arena = _reserve(arena_bytes)
+        on_host = device is None or device.type == "cpu"
+        self._arena = _reserve(arena_bytes) if on_host else _allocate(arena_bytes, device)
         self._blocks: Tensor | None = None
         self._layers: tuple[Tensor, ...] = ()
 
@@ -56,6 +57,16 @@ class DevicePool:
     def layer(self, index: int) -> Tensor:
         """Layer `index` from the rank's first: `[blocks, 2, kv_heads, block_size, head_dim]`, strided."""
         return self._layers[index]
+
+
+def _allocate(size: int, device: torch.device | None) -> Tensor:
+    """Memory of an accelerator. Zeroed: kernels may load what no sequence has written, and then mask it out."""
+    try:
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise MemoryBudgetError(
+            f"device pool: {size:,} bytes cannot be reserved on {device}: {error}"
+        ) from error
 
 
 def _reserve(size: int) -> Tensor:

@@ -16,6 +16,7 @@ from seesaw.attention.select import create_attention
 from seesaw.core.actions import Forward, SlotInit
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType, ModelSpec, RopeSpec
+from seesaw.device.select import open_device
 from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.stage import Stage
 from seesaw.kv.device_pool import DevicePool
@@ -110,7 +111,8 @@ def _stage(
     weights = RankWeights(spec, store, cast(DType, dtype), 0, device=device)
     weights.load(sharding)
     shape = (_BLOCKS, spec.layers, spec.kv_heads, _BLOCK_SIZE, spec.head_dim)
-    pool = DevicePool(2 * torch.Size(shape).numel() * element.itemsize)
+    place = open_device(device)
+    pool = DevicePool(2 * torch.Size(shape).numel() * element.itemsize, place.torch)
     pool.view(*shape, element)
     return Stage(
         spec=spec,
@@ -123,6 +125,7 @@ def _stage(
         attention=attention,
         operators=operators,
         block_size=_BLOCK_SIZE,
+        device=place,
     )
 
 

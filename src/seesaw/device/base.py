@@ -1,0 +1,96 @@
+"""The protocols of devices: streams, events and uploads.
+
+Whoever orders work by them is right on every device: on a CPU rank the calling thread is the compute stream and a
+thread copies; on a GPU both are queues that the host runs ahead of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[np.integer[Any]]
+
+
+class Event(Protocol):
+    """A point in the work of a stream."""
+
+    def wait(self) -> None:
+        """Block the calling thread until all work before the point is done. Raises what went wrong with it."""
+        ...
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Time between two points that have been reached, of the same device."""
+        ...
+
+
+class Stream(Protocol):
+    """Work that is done in the order in which it is launched; work of two streams is ordered by `after` alone.
+
+    What fails on a stream ends it: later work is dropped without `notify`, and the exception is raised by every
+    later `launch` and by waiting for its events.
+    """
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """Do `work` behind everything launched so far. Host memory that it reads must stay as it is until then."""
+        ...
+
+    def record(self) -> Event:
+        """The point behind everything launched so far."""
+        ...
+
+    def after(self, event: Event) -> None:
+        """Hold back what is launched from here on until `event`; the host does not wait."""
+        ...
+
+    def notify(self, call: Callable[[], None]) -> None:
+        """Call, on a thread of the device's choice, once everything launched so far is done. Calls keep their order;
+        an exception from one counts as the stream's."""
+        ...
+
+
+class Device(Protocol):
+    """One rank's device. Made after forking, by the thread that computes."""
+
+    @property
+    def name(self) -> str:
+        """Such as `cpu` or `cuda:0`: what attention and operators are chosen by."""
+        ...
+
+    @property
+    def torch(self) -> torch.device:
+        """Where its tensors are."""
+        ...
+
+    @property
+    def compute(self) -> Stream:
+        """What the thread that made the device computes on."""
+        ...
+
+    @property
+    def to_host(self) -> Stream:
+        """For copies of KV to the host buffer."""
+        ...
+
+    @property
+    def to_device(self) -> Stream:
+        """For copies of KV from there; may be the same stream."""
+        ...
+
+    def upload(self, arrays: Sequence[Array]) -> list[Tensor]:
+        """The arrays as tensors on the device, for work on `compute` from here on. The host does not wait, and the
+        arrays must not change any more."""
+        ...
+
+    def download(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` in host memory, whole when `compute` has done what was launched so far."""
+        ...
+
+    def close(self) -> None:
+        """Finish everything launched and end all threads; raises an error that nobody has seen. Idempotent."""
+        ...

@@ -1,0 +1,1 @@
+"""Tests of devices, and of the order in which work reaches them."""
