@@ -66,7 +66,7 @@ def swap_in(
 def block_table(pairs: BlockPairs, pool: Tensor, host: Tensor) -> Tensor:
     """`pairs` as a tensor beside the pool, their blocks checked: made once, it serves every layer of a Forward.
 
-    The copy to a GPU waits for nothing; it runs on the current stream.
+    The copy to a GPU waits for nothing. It runs on the current stream, on which the table is to be used as well.
     """
     table = pairs if isinstance(pairs, Tensor) else torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
     _check_blocks(table, pool, host)
