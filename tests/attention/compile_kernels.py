@@ -14,9 +14,11 @@ from triton.compiler import ASTSource
 
 from seesaw.attention import triton_decode, triton_prefill
 
-_POINTERS = {
+_TYPES = {
     "partial": "*fp32",
     "levels": "*fp32",
+    "slots": "*i64",
+    "scale": "fp32",
     **dict.fromkeys(("bases", "query_starts", "context_starts", "block_tables"), "*i32"),
 }
 _UNALIGNED = ("sequences", "table_width", "slots", "scale")
@@ -26,6 +28,10 @@ def main() -> None:
     """Arguments: compute capability without its point, and bf16 or fp32. Prints one line of JSON a kernel."""
     capability, kind = int(sys.argv[1]), sys.argv[2]
     size = 2 if kind == "bf16" else 4
+    store = {"ROW": 1024, "HEAD_DIM": 128, "BLOCK_SIZE": 16, "TILE": 1024}
+    _compile(triton_decode._store, store, capability, kind, 4, 2)
+    parts = {"Q_HEADS": 32, "HEAD_DIM": 80, "WINDOW": 512, "CHANNELS": 128, "TILE": 64, "CHUNK_TILES": 4}
+    _compile(triton_decode._combine, {**parts, "PARTS": 16}, capability, kind, 2, 2)
     operand = tl.bfloat16 if kind == "bf16" else tl.float32
     for head_dim, group, window in ((128, 4, 0), (80, 1, 512)):
         shape = {
@@ -51,7 +57,9 @@ def _compile(
     kernel: Any, constants: dict[str, Any], capability: int, kind: str, warps: int, stages: int
 ) -> None:
     names = kernel.arg_names
-    types = {**dict.fromkeys(("q", "pool", "out"), f"*{kind}"), **_POINTERS, "scale": "fp32"}
+    types = {**dict.fromkeys(("q", "k", "v", "pool", "out"), f"*{kind}"), **_TYPES}
+    if kernel is triton_decode._decode:
+        types["slots"] = "i32"  # their number
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [name for name in names if name not in constants and name not in _UNALIGNED]
     source = ASTSource(
