@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+
 import pytest
 import torch
 
@@ -15,12 +18,36 @@ def test_the_best_operators_of_a_device() -> None:
     served = "torch" if build.load() is None else "cpu"
     assert create_operators("cpu").name == served
     assert create_operators("cpu", "cpu", dtype=torch.bfloat16).name == served
-    for device, name in (("cpu", "torch"), ("cuda", None), ("cuda:1", "torch")):
-        assert type(create_operators(device, name)) is TorchOperators
+    for device in ("cpu", "cuda:1"):
+        assert type(create_operators(device, "torch")) is TorchOperators
+
+
+def test_a_cuda_device_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("tests.triton_interpreter")  # skips without Triton
+    monkeypatch.setenv("CC", "cc")
+    for device, name in (("cuda", None), ("cuda:1", "triton")):
+        assert create_operators(device, name, dtype=torch.bfloat16).name == "triton"
 
 
 def test_types_without_kernels_are_served_by_torch() -> None:
-    assert type(create_operators("cpu", dtype=torch.float64)) is TorchOperators
+    for device in ("cpu", "cuda"):
+        assert type(create_operators(device, dtype=torch.float64)) is TorchOperators
+
+
+def test_torch_serves_cuda_where_triton_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert type(create_operators("cuda")) is TorchOperators
+    assert "no C compiler" in caplog.text and "CC" in caplog.text
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert type(create_operators("cuda")) is TorchOperators
+    assert "pip install 'seesaw-llm[cuda]'" in caplog.text
+    with pytest.raises(ConfigError, match="'triton' cannot run: Triton is not installed"):
+        create_operators("cuda", "triton")
 
 
 def test_torch_serves_where_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +61,9 @@ def test_unknown_names_and_devices_are_refused() -> None:
         ConfigError, match=r"unknown name 'mkl' for device 'cpu'; use one of \('cpu', 'torch'\)"
     ):
         create_operators("cpu", "mkl")
-    with pytest.raises(ConfigError, match=r"unknown name 'cpu' for device 'cuda:0'; use one of \('torch',\)"):
+    with pytest.raises(
+        ConfigError, match=r"unknown name 'cpu' for device 'cuda:0'; use one of \('triton', 'torch'\)"
+    ):
         create_operators("cuda:0", "cpu")
     with pytest.raises(ConfigError, match="none for device 'tpu'"):
         create_operators("tpu")

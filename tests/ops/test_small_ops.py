@@ -19,11 +19,10 @@ from seesaw.native import build
 from seesaw.ops.base import HeadNorms, Operators
 from seesaw.ops.cpu import CpuOperators
 from seesaw.ops.torch_ops import TorchOperators
+from tests.ops.numbers import DTYPES, EPS, assert_near, exact_norm, random, strided, ulps_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (1, 5, 16, 31, 64, 100, 1000, 1024)
 """Below, at and between multiples of every vector width and of four vectors."""
-EPS = 1e-5
 TORCH = TorchOperators()
 
 
@@ -47,45 +46,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same rows, further apart."""
-    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), math.nan, dtype=x.dtype)
-    wide[..., : x.shape[-1]] = x
-    return wide[..., : x.shape[-1]]
-
-
-def steps(x: Tensor) -> Tensor:
-    """Numbers of x's type in order: neighbours differ by one, and so do those around zero."""
-    bits = x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16).long()
-    lowest = -(1 << (31 if x.dtype == torch.float32 else 15))
-    return torch.where(bits < 0, lowest - bits, bits)
-
-
-def assert_near(got: Tensor, wanted: Tensor, *, ulps: int = 1, slack: float = 0.0) -> None:
-    """Equal in shape and type, and no further apart than `ulps` units in the last place, or `slack`."""
-    assert got.dtype == wanted.dtype and got.shape == wanted.shape
-    assert torch.equal(got.isnan(), wanted.isnan())
-    near = (steps(got) - steps(wanted)).abs() <= ulps
-    near |= (got.double() - wanted.double()).abs() <= slack
-    near |= got.isnan()
-    worst = (got.double() - wanted.double()).abs().max() if near.numel() else 0.0
-    assert near.all(), f"{int((~near).sum())} of {near.numel()} differ, by up to {worst}"
-
-
-def ulps_of(dtype: torch.dtype) -> int:
-    return 8 if dtype == torch.float32 else 1
-
-
-def exact_norm(x: Tensor, weight: Tensor) -> Tensor:
-    wide = x.double()
-    return (wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()).to(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from seesaw.core.errors import ConfigError
@@ -104,8 +105,8 @@ def test_a_chunk_that_ends_no_prompt_pays_for_nothing_sampled() -> None:
     assert chunk.overhead == pytest.approx(1e-6 * (3 * (4 + 5) + 1 + 3))
     flops = 4 * 4 * 64 * 1e5
     assert chunk.attention == pytest.approx(3 * (1e-6 + flops / (1e12 * RISING(flops))))
-    assert chunk.seconds < found.stage(1, replace(CHUNK, sampled=1)).seconds
-    assert found.stage(0, CHUNK) == found.stage(0, replace(CHUNK, sampled=1))
+    assert chunk.seconds < found.stage(1, msgspec.structs.replace(CHUNK, sampled=1)).seconds
+    assert found.stage(0, CHUNK) == found.stage(0, msgspec.structs.replace(CHUNK, sampled=1))
 
 
 def test_a_chunk_that_samples_nothing_touches_no_expert_of_the_last_layer() -> None:

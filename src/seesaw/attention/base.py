@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +17,8 @@ class AttentionBatch:
     """Where the sequences of one micro-batch lie. Built once per Forward and used by every layer.
 
     B sequences with Q queries in all, on the device of the pool, every tensor contiguous. Commonly each of the
-    N new tokens has a query; where not, the queries of a sequence are those of its last tokens.
+    N new tokens has a query; where not, the queries of a sequence are those of its last tokens. No block belongs to
+    two sequences.
     """
 
     query_starts: Tensor
@@ -26,12 +31,20 @@ class AttentionBatch:
     """int64 `[N]`: `block * block_size + offset`, where K and V of each new token go."""
     max_query: int
     """Most queries of a sequence."""
+    fresh: bool = False
+    """Whether every new token has a query and no sequence has a token before them: K and V beside q are all."""
+    host_lengths: tuple[IntArray, IntArray] | None = None
+    """Queries and context start of each sequence, `[B]` each, for backends that plan on the host. A batch without
+    them makes such a backend wait for the device."""
 
 
 class AttentionBackend(Protocol):
     """Causal attention over the paged pool."""
 
     name: str
+    capturable: bool
+    """Whether a CUDA graph can hold calls with a `max_query` of 1, and serve whatever the tensors of the batch hold
+    when it is replayed. Such a backend writes nothing for a negative slot, so that a batch can be padded."""
 
     def attend(
         self,

@@ -47,6 +47,7 @@ class CpuAttention:
     """
 
     name = "cpu"
+    capturable = False
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._attend = library.seesaw_attend

@@ -16,6 +16,7 @@ class TorchAttention:
     """Gathers the pages of one sequence at a time and calls torch's fused attention."""
 
     name = "torch"
+    capturable = False
 
     def attend(
         self,

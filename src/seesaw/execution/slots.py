@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seesaw.attention.base import AttentionBatch
+from seesaw.attention.base import AttentionBatch, IntArray
 from seesaw.core.actions import FEEDBACK, Forward
 
 if TYPE_CHECKING:
     from seesaw.device.base import Array, Device
+
+Lengths = tuple[IntArray, IntArray]
+"""New tokens and cached ones, by sequence."""
 
 
 @dataclass(slots=True)
@@ -79,41 +82,47 @@ class SlotTables:
         ]
         if forward.feedback_from >= 0:
             arrays.append(slots[rows])
-        every = len(forward.sampled) == total
-        if not every:
+        asking = None
+        if len(forward.sampled) < total:
             items = np.asarray(forward.sampled, dtype=np.int64)
+            asking = np.ones_like(items), (starts + counts - 1)[items]
             arrays += [
                 np.arange(len(items) + 1, dtype=np.int32),
-                (starts + counts - 1)[items].astype(np.int32),
+                asking[1].astype(np.int32),
                 tables[items],
                 ends[items] - 1,
             ]
-        return self._inputs(
-            self._device.upload(arrays), int(counts.max()), fed_back=forward.feedback_from >= 0, every=every
-        )
+        tensors = self._device.upload(arrays)
+        return self._inputs(tensors, (counts, starts), asking, fed_back=forward.feedback_from >= 0)
 
-    def _inputs(self, tensors: list[Tensor], max_query: int, *, fed_back: bool, every: bool) -> Inputs:
-        """From the tensors, in the order in which `inputs` makes them."""
-        tokens, positions, query_starts, starts, tables, mapping, *rest = tensors
+    def _inputs(
+        self, tensors: list[Tensor], lengths: Lengths, asking: Lengths | None, *, fed_back: bool
+    ) -> Inputs:
+        """From the tensors, in the order in which `inputs` makes them, and what the host knows of all sequences and
+        of those that are sampled, unless every token is."""
+        tokens, positions, query_starts, context_starts, tables, mapping, *rest = tensors
         if fed_back:
             tokens = torch.where(tokens == FEEDBACK, self._latest.index_select(0, rest.pop(0)), tokens)
         attention = AttentionBatch(
             query_starts=query_starts,
-            context_starts=starts,
+            context_starts=context_starts,
             block_tables=tables,
             slot_mapping=mapping,
-            max_query=max_query,
+            max_query=int(lengths[0].max()),
+            fresh=not lengths[1].any(),
+            host_lengths=lengths,
         )
-        if every:
+        if asking is None:
             return Inputs(tokens, positions, attention, None, attention)
-        asking = AttentionBatch(
+        sampled = AttentionBatch(
             query_starts=rest[0],
             context_starts=rest[1],
             block_tables=rest[2],
             slot_mapping=mapping,
             max_query=1,
+            host_lengths=asking,
         )
-        return Inputs(tokens, positions, attention, rest[3], asking)
+        return Inputs(tokens, positions, attention, rest[3], sampled)
 
     def _make_room(self, slot: int, blocks: int) -> None:
         rows, columns = self._blocks.shape

@@ -87,7 +87,9 @@ class Worker:
         self._profile = Profile() if config.profile else None
         self.trace = RankTrace(config.rank, report) if config.trace else None
         """What the rank tells of its doings; None unless a trace is written."""
-        attention = create_attention(device.name, config.attention, head_dim=config.spec.head_dim)
+        attention = create_attention(
+            device.name, config.attention, head_dim=config.spec.head_dim, dtype=self._dtype
+        )
         self._attention = self._timed(attention, "attend")
         operators = create_operators(device.name, dtype=self._dtype)
         self._operators = self._timed(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -11,9 +12,17 @@ import torch
 from torch import Tensor
 
 from seesaw.native.build import load
+from seesaw.native.triton_here import missing_for_triton
+
+logger = logging.getLogger(__name__)
 
 BlockPairs = Sequence[tuple[int, int]] | Tensor
-"""(device block, host block) pairs; as a tensor int64 `[n, 2]`, which saves a conversion per layer."""
+"""(device block, host block) pairs; as a tensor int64 `[n, 2]`, which saves a conversion per layer.
+
+A tensor on a GPU, as `block_table` makes it, is taken as checked.
+"""
+SlabCopy = Callable[[Tensor, Tensor, Tensor, bool], None]
+"""As `copy_slabs`: how the slabs of a pool on a GPU get to the host buffer (True) and back."""
 
 
 def swap_out(
@@ -24,6 +33,7 @@ def swap_out(
     layers: range,
     kv_heads: range,
     layer: int | None = None,
+    copy: SlabCopy | None = None,
 ) -> int:
     """Copy blocks from the device pool to the host buffer; returns the number of bytes.
 
@@ -31,8 +41,12 @@ def swap_out(
     `[blocks, all layers, 2, all KV heads, block_size, head_dim]` of the same type. `layers` and `kv_heads`
     are the global ranges that the rank holds. With `layer` (a global number) only that layer is copied. The
     device blocks must not change meanwhile. Releases the GIL.
+
+    A pool on a GPU is copied on the current stream, which the caller waits for. That takes a host buffer that is
+    registered with the device; where that was refused, give as `copy` the `copy_slabs` of the
+    `HostRegistration`.
     """
-    return _copy(pool, host, pairs, layers=layers, kv_heads=kv_heads, layer=layer, to_host=True)
+    return _copy(pool, host, pairs, layers, kv_heads, layer, copy, to_host=True)
 
 
 def swap_in(
@@ -43,9 +57,38 @@ def swap_in(
     layers: range,
     kv_heads: range,
     layer: int | None = None,
+    copy: SlabCopy | None = None,
 ) -> int:
     """Copy blocks from the host buffer to the device pool. Arguments and result as for `swap_out`."""
-    return _copy(pool, host, pairs, layers=layers, kv_heads=kv_heads, layer=layer, to_host=False)
+    return _copy(pool, host, pairs, layers, kv_heads, layer, copy, to_host=False)
+
+
+def block_table(pairs: BlockPairs, pool: Tensor, host: Tensor) -> Tensor:
+    """`pairs` as a tensor beside the pool, their blocks checked: made once, it serves every layer of a Forward.
+
+    The copy to a GPU waits for nothing; it runs on the current stream.
+    """
+    table = pairs if isinstance(pairs, Tensor) else torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    _check_blocks(table, pool, host)
+    return _beside(table, pool)
+
+
+def copy_slabs(near: Tensor, far: Tensor, table: Tensor, to_host: bool) -> None:
+    """Copy the slabs of the pairs in `table` `[n, 2]`, n > 0, between two views of blocks.
+
+    `near` is `[device blocks, layers, 2, local heads, block_size, head_dim]`, `far` the same of the host buffer.
+    For a `near` on a GPU, block numbers in a CPU `table` are checked here, those on the GPU are not.
+    """
+    if near.is_cuda:
+        if not table.is_cuda:
+            _check_blocks(table, near, far)
+        _device_kernel()(near, far, _beside(table, near), to_host)
+        return
+    kernel = _kernel()
+    if kernel is None:
+        _copy_by_indexing(near, far, table, to_host)
+    else:
+        _copy_by_kernel(kernel, near, far, table, to_host)
 
 
 class _CopySlabs(Protocol):
@@ -72,10 +115,10 @@ def _copy(
     pool: Tensor,
     host: Tensor,
     pairs: BlockPairs,
-    *,
     layers: range,
     kv_heads: range,
     layer: int | None,
+    copy: SlabCopy | None,
     to_host: bool,
 ) -> int:
     _check(pool, host, layers, kv_heads, layer)
@@ -86,11 +129,7 @@ def _copy(
     first, count = (layers.start, len(layers)) if layer is None else (layer, 1)
     near = pool[:, first - layers.start : first - layers.start + count]
     far = host[:, first : first + count, :, kv_heads.start : kv_heads.stop]
-    kernel = _kernel()
-    if kernel is None:
-        _copy_by_indexing(near, far, table, to_host)
-    else:
-        _copy_by_kernel(kernel, near, far, table, to_host)
+    (copy or copy_slabs)(near, far, table, to_host)
     return len(table) * near[0].numel() * near.element_size()
 
 
@@ -116,14 +155,40 @@ def _copy_by_kernel(kernel: _CopySlabs, near: Tensor, far: Tensor, table: Tensor
 
 
 def _copy_by_indexing(near: Tensor, far: Tensor, table: Tensor, to_host: bool) -> None:
+    table = table.cpu()
+    _check_blocks(table, near, far)
     device_blocks, host_blocks = table.unbind(1)
-    assert (
-        int(table.min()) >= 0 and int(device_blocks.max()) < len(near) and int(host_blocks.max()) < len(far)
-    )
     if to_host:
-        far[host_blocks] = near[device_blocks]
+        far[host_blocks] = near[device_blocks].to(far.device)
     else:
-        near[device_blocks] = far[host_blocks]
+        near[device_blocks] = far[host_blocks].to(near.device)
+
+
+def _check_blocks(table: Tensor, near: Tensor, far: Tensor) -> None:
+    if len(table):
+        (low, other), (device, host) = table.amin(0).tolist(), table.amax(0).tolist()
+        assert min(low, other) >= 0 and device < len(near) and host < len(far), (
+            f"blocks {low} to {device} and {other} to {host} of pools of {len(near)} and {len(far)}"
+        )
+
+
+def _beside(table: Tensor, pool: Tensor) -> Tensor:
+    if table.is_cuda or not pool.is_cuda:
+        return table
+    return table.pin_memory().to(pool.device, non_blocking=True)  # from pageable memory it could wait
+
+
+@cache
+def _device_kernel() -> SlabCopy:
+    missing = missing_for_triton()
+    if missing is not None:
+        logger.warning(
+            "KV is copied by torch's indexing, which is slow and makes the device wait: %s", missing
+        )
+        return _copy_by_indexing
+    from seesaw.kv.triton_copies import copy_slabs
+
+    return copy_slabs
 
 
 def _check(pool: Tensor, host: Tensor, layers: range, kv_heads: range, layer: int | None) -> None:

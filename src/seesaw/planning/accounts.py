@@ -30,8 +30,8 @@ CAUSES = (
 - `bubble`: the stage before it, or a token, is waited for;
 - `idle`: everything else, such as another replica that still works, or requests that have not arrived.
 """
-HAND_OVER, SWAP, TRANSITION, BUBBLE, IDLE = (
-    CAUSES.index(name) for name in ("hand_over", "swap", "transition", "bubble", "idle")
+ATTENTION, HAND_OVER, SWAP, TRANSITION, BUBBLE, IDLE = (
+    CAUSES.index(name) for name in ("attention", "hand_over", "swap", "transition", "bubble", "idle")
 )
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from seesaw.core.errors import ConfigError
 from seesaw.core.hardware import HardwareSpec, TypeCurves
 from seesaw.core.layout import Layout
@@ -24,8 +26,7 @@ _SMALL_OPERATORS_OF_KV = 3
 """Of them, those that a last layer without sampled rows still runs: a norm, rotation, writing KV."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(msgspec.Struct, frozen=True, gc=False):
     """Seconds by cause."""
 
     weights: float = 0.0
@@ -42,10 +43,14 @@ class Cost:
     @property
     def seconds(self) -> float:
         """All of it."""
+        return self.with_attention(0.0)
+
+    def with_attention(self, seconds: float) -> float:
+        """All of it and so many seconds of attention."""
         return (
             self.weights
             + self.arithmetic
-            + self.attention
+            + (self.attention + seconds)
             + self.activations
             + self.all_reduce
             + self.overhead
@@ -73,8 +78,7 @@ class Cost:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a Forward has to do, as far as its cost depends on it."""
 
     tokens: int
@@ -87,8 +91,7 @@ class Work:
     """Keys read by the sequences that feed one token."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Product:
+class _Product(msgspec.Struct, frozen=True, gc=False):
     """A weight of `depth` x `columns` elements on one rank."""
 
     depth: int
@@ -109,8 +112,16 @@ class LayoutCost:
     _rows: dict[tuple[int, int, int], Cost] = field(default_factory=dict)
     """What depends on rows alone, by stage, tokens and sampled sequences: steps repeat themselves."""
     _curves: TypeCurves = field(init=False)
+    _peak: float = field(init=False)
+    """Flops per second at most."""
     _full_rate: float = field(init=False)
     """Flops per second of products with as many rows as it takes."""
+    _of_token: float = field(init=False)
+    """Of one layer's attention on a rank: seconds for each new token, whatever its context,"""
+    _of_pair: float = field(init=False)
+    """flops for each pair of query and key,"""
+    _of_key: float = field(init=False)
+    """and elements of K and V for each key."""
 
     def __post_init__(self) -> None:
         if self.dtype not in self.hardware.flops:
@@ -118,20 +129,44 @@ class LayoutCost:
                 f"the hardware {self.hardware.name} has no figures for {self.dtype}, only for "
                 f"{', '.join(self.hardware.flops)}; if it is this machine, run `seesaw profile --dtype {self.dtype}`"
             )
-        self._curves = self.hardware.curves(self.dtype)
-        self._full_rate = self.hardware.flops[self.dtype] * self._curves.product.values[-1]
+        spec, curves, tp = self.model.spec, self.hardware.curves(self.dtype), self.layout.tp
+        heads, kv_heads = -(-spec.heads // tp), -(-spec.kv_heads // tp)
+        self._curves, self._peak = curves, self.hardware.flops[self.dtype]
+        self._full_rate = self._peak * curves.product.values[-1]
+        self._of_token = (heads * curves.token_of_query + kv_heads * curves.token_of_kv) * spec.head_dim
+        self._of_pair = 4.0 * heads * spec.head_dim
+        self._of_key = 2.0 * kv_heads * spec.head_dim
 
     def stage(self, index: int, work: Work) -> Cost:
         """One Forward on stage `index`."""
-        key = index, work.tokens, work.sampled
-        fixed = self._rows.get(key)
-        if fixed is None:
-            fixed = self._rows[key] = self._by_rows(*key)
-        layers, seconds = self.stages[index], self._attention(work)
-        if not self._is_last(index) or work.sampled == work.tokens:
-            return fixed + Cost(attention=layers * seconds)
-        last = self._attention(_asking(work)) if work.sampled else 0.0
-        return fixed + Cost(attention=(layers - 1) * seconds + last)
+        attention = self.attention_of(index, self.attention(work))
+        return self.by_rows(index, work.tokens, work.sampled) + Cost(attention=attention)
+
+    def by_rows(self, index: int, tokens: int, sampled: int) -> Cost:
+        """`stage` but its attention: what depends on the number of tokens and of sampled sequences alone."""
+        key = index, tokens, sampled
+        found = self._rows.get(key)
+        if found is None:
+            found = self._rows[key] = self._by_rows(*key)
+        return found
+
+    def attention(self, work: Work) -> tuple[float, float]:
+        """Seconds of attention in a layer, and in the last layer of the model."""
+        seconds = self._attention(work.tokens, work.pairs, work.keys)
+        if work.sampled == work.tokens:
+            return seconds, seconds
+        if not work.sampled:
+            return seconds, 0.0
+        # Only tokens that are sampled ask, so prompts read keys as well. One is taken to have been fed whole; what
+        # earlier chunks left of it would be read besides.
+        return seconds, self._attention(work.tokens, 0.0, work.keys + work.tokens)
+
+    def attention_of(self, index: int, seconds: tuple[float, float]) -> float:
+        """Of stage `index`, by the seconds of a layer and of the last one."""
+        layer, last = seconds
+        if layer == last or not self._is_last(index):
+            return self.stages[index] * layer
+        return (self.stages[index] - 1) * layer + last
 
     def hand_over(self, tokens: int) -> float:
         """Seconds from one stage's end of a Forward until the next one has its activations."""
@@ -209,23 +244,21 @@ class LayoutCost:
         hardware, elements = self.hardware, weight.depth * weight.columns
         each = rows * per_token / read  # rows that one copy of the weight meets
         flops = 2.0 * rows * per_token * elements
-        arithmetic = flops / (hardware.flops[self.dtype] * self._curves.product(each))
+        arithmetic = flops / (self._peak * self._curves.product(each))
         streaming = read * elements * weight.bits / 8 / hardware.bandwidth
         if streaming >= flops / self._full_rate:  # a measured curve falls short of it where memory bounds
             return Cost(weights=max(streaming, arithmetic), overhead=hardware.operator_overhead)
         return Cost(arithmetic=arithmetic, overhead=hardware.operator_overhead)
 
-    def _attention(self, work: Work) -> float:
+    def _attention(self, tokens: int, pairs: float, keys: float) -> float:
         """One layer's."""
-        spec, hardware, curves, tp = self.model.spec, self.hardware, self._curves, self.layout.tp
-        heads, kv_heads = -(-spec.heads // tp), -(-spec.kv_heads // tp)
-        each = (heads * curves.token_of_query + kv_heads * curves.token_of_kv) * spec.head_dim
-        seconds = hardware.operator_overhead + work.tokens * each
-        if work.pairs:
-            flops = 4.0 * heads * spec.head_dim * work.pairs
-            seconds += flops / (hardware.flops[self.dtype] * curves.prefill_attention(flops))
-        if work.keys:
-            moved = 2.0 * kv_heads * spec.head_dim * work.keys * self.model.kv_bits / 8
+        hardware, curves = self.hardware, self._curves
+        seconds = hardware.operator_overhead + tokens * self._of_token
+        if pairs:
+            flops = self._of_pair * pairs
+            seconds += flops / (self._peak * curves.prefill_attention(flops))
+        if keys:
+            moved = self._of_key * keys * self.model.kv_bits / 8
             seconds += moved / (hardware.bandwidth * curves.decode_attention(moved))
         return seconds
 
@@ -235,11 +268,3 @@ class LayoutCost:
         return self.hardware.all_reduce[self.layout.tp](
             rows * self.model.spec.hidden * self._activation_bytes
         )
-
-
-def _asking(work: Work) -> Work:
-    """The attention of a last layer of whose tokens some are sampled: only these ask, so prompts read keys as well.
-
-    A prompt is taken to have been fed whole; what earlier chunks left of it would be read besides.
-    """
-    return Work(tokens=work.tokens, sampled=work.sampled, keys=work.keys + work.tokens)

@@ -175,7 +175,7 @@ _BY_DEVICE = {"cpu": HOST, "cuda": CUDA}
 
 
 def costs_of(device: str, *, collectives: bool = True) -> DeviceCosts:
-    """Those of a device such as `cpu` or `cuda:0`. Without `collectives` ranks talk through the host, as where they
-    share a device, and NCCL takes nothing."""
+    """Those of a device such as `cpu` or `cuda:0`. Without `collectives` ranks talk through the host, as they do
+    where they share a device, and the device's own library takes nothing."""
     costs = _BY_DEVICE[device.partition(":")[0]]
     return costs if collectives else replace(costs, channels=0, peer_channels=0)

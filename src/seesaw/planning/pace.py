@@ -89,12 +89,14 @@ class Pace:
                 pairs=tokens * self.of.pairs / self.of.prompt,
                 keys=rows * self.of.context,
             )
+            attention, cost = self._cost.attention(work), self._cost
             alike: dict[tuple[int, bool, bool], float] = {}
             known = []
             for index, layers in enumerate(self.stages):
                 kind = layers, index == 0, index == self.layout.pp - 1
                 if kind not in alike:
-                    alike[kind] = self._cost.stage(index, work).seconds
+                    fixed = cost.by_rows(index, work.tokens, work.sampled)
+                    alike[kind] = fixed.with_attention(cost.attention_of(index, attention))
                 known.append(alike[kind])
             self._forwards[key] = known
         return known

@@ -41,6 +41,7 @@ from seesaw.core.actions import (
     TransitionDone,
 )
 from seesaw.planning.accounts import (
+    ATTENTION,
     BUBBLE,
     CAUSES,
     HAND_OVER,
@@ -58,8 +59,8 @@ _MANY = 64
 """Tokens on their way, before those that have come are looked for."""
 TOKEN = 0
 """What every simulated sequence says."""
-_WORK = [CAUSES.index(name) for name in Cost.__dataclass_fields__]
-_seconds_of = attrgetter(*Cost.__dataclass_fields__)
+_WORK = [CAUSES.index(name) for name in Cost.__struct_fields__]
+_seconds_of = attrgetter(*Cost.__struct_fields__)
 _Interval = tuple[int, float, float]
 """A cause, from when, until when."""
 
@@ -79,6 +80,18 @@ class Moves:
     """The same per rank, in seconds."""
 
 
+@dataclass(slots=True, eq=False)
+class _Rows:
+    """What Forwards with the same numbers of tokens and of sampled sequences have in common."""
+
+    costs: list[Cost]
+    """All but attention, by kind of stage."""
+    booked: dict[int, float]
+    """What the accounts get of that: seconds by cause, averaged over all stages."""
+    hand_over: float
+    """Seconds between two stages."""
+
+
 class _Stages:
     """The pipeline stages of a layout's replicas, those of equal cost taken together."""
 
@@ -96,15 +109,26 @@ class _Stages:
         self.weights = [keys.count(key) / (len(keys) * replicas) for key in different]
         """Which share of all stages those of one kind on one replica are."""
         self.weight = 1 / (len(keys) * replicas)
-        self._hand_overs: dict[int, float] = {}
+        self._rows: dict[tuple[int, int], _Rows] = {}
 
-    def hand_over(self, tokens: int) -> float:
-        """Seconds between two stages."""
-        found = self._hand_overs.get(tokens)
+    def rows(self, tokens: int, sampled: int) -> _Rows:
+        """Kept, as steps repeat themselves."""
+        found = self._rows.get((tokens, sampled))
         if found is None:
-            found = self.cost.hand_over(tokens) if len(self.kinds) > 1 else 0.0
-            self._hand_overs[tokens] = found
+            costs = [self.cost.by_rows(stage, tokens, sampled) for stage in self.examples]
+            booked: dict[int, float] = {}
+            for cost, weight in zip(costs, self.weights, strict=True):
+                for cause, seconds in zip(_WORK, _seconds_of(cost), strict=True):
+                    if seconds:
+                        booked[cause] = booked.get(cause, 0.0) + weight * seconds
+            hand_over = self.cost.hand_over(tokens) if len(self.kinds) > 1 else 0.0
+            found = self._rows[tokens, sampled] = _Rows(costs, booked, hand_over)
         return found
+
+    def attention(self, work: Work) -> list[float]:
+        """Seconds by kind of stage."""
+        seconds = self.cost.attention(work)
+        return [self.cost.attention_of(stage, seconds) for stage in self.examples]
 
 
 @dataclass(slots=True, eq=False)
@@ -115,9 +139,9 @@ class _Passage:
     """When each stage had come free before it."""
     starts: list[float]
     ends: list[float]
-    costs: list[Cost]
-    """By kind of stage."""
-    hand_over: float
+    rows: _Rows
+    attention: list[float]
+    """Seconds by kind of stage."""
     submitted: float
     before: float
     """When the Forward before it had left the last stage."""
@@ -225,9 +249,9 @@ class SimulatedExecutor:
         shape, now = replica.shape, self.now
         self._settle(replica, now)
         self._accounts.count(self._phase, work.tokens, work.sampled)
-        costs = [shape.cost.stage(stage, work) for stage in shape.examples]
-        seconds = [cost.seconds for cost in costs]
-        hand_over = shape.hand_over(work.tokens)
+        rows, attention = shape.rows(work.tokens, work.sampled), shape.attention(work)
+        seconds = [cost.with_attention(more) for cost, more in zip(rows.costs, attention, strict=True)]
+        hand_over = rows.hand_over
         ready, starts, ends = max(now, self._sampled.get(action.feedback_from, 0.0)), [], []
         for free, kind in zip(replica.stages, shape.kinds, strict=True):
             start = ready if ready > free else free
@@ -235,7 +259,7 @@ class SimulatedExecutor:
             starts.append(start)
             ends.append(end)
             ready = end + hand_over
-        passage = _Passage(replica.stages, starts, ends, costs, hand_over, now, replica.left)
+        passage = _Passage(replica.stages, starts, ends, rows, attention, now, replica.left)
         replica.passages.append(passage)
         replica.stages, replica.left = ends, end
         if action.feedback:
@@ -329,8 +353,10 @@ class SimulatedExecutor:
         """Book a Forward on which a phase may begin."""
         shape, book = replica.shape, self._accounts
         for stage, kind in enumerate(shape.kinds):
-            start, end, cost = passage.starts[stage], passage.ends[stage], passage.costs[kind]
-            book.book_all(dict(zip(_WORK, _seconds_of(cost), strict=True)), start, end, shape.weight)
+            start, end = passage.starts[stage], passage.ends[stage]
+            causes = dict(zip(_WORK, _seconds_of(passage.rows.costs[kind]), strict=True))
+            causes[ATTENTION] += passage.attention[kind]
+            book.book_all(causes, start, end, shape.weight)
             for cause, since, until in _gap(replica, passage, stage):
                 book.book(cause, since, until, shape.weight)
 
@@ -338,9 +364,10 @@ class SimulatedExecutor:
 def _book(replica: _Replica, passage: _Passage, sums: list[float]) -> None:
     """Book a Forward that lies within one phase."""
     shape = replica.shape
-    for cost, weight in zip(passage.costs, shape.weights, strict=True):
-        for at, seconds in zip(_WORK, _seconds_of(cost), strict=True):
-            sums[at] += weight * seconds
+    for cause, seconds in passage.rows.booked.items():
+        sums[cause] += seconds
+    for seconds, weight in zip(passage.attention, shape.weights, strict=True):
+        sums[ATTENTION] += weight * seconds
     if passage.before < passage.submitted:
         for stage, (free, start) in enumerate(zip(passage.free, passage.starts, strict=True)):
             if start > free:
@@ -349,7 +376,7 @@ def _book(replica: _Replica, passage: _Passage, sums: list[float]) -> None:
         return
     # As `_gap`, where it comes to two causes: nearly all of the Forwards of a job.
     gaps = list(map(sub, passage.starts, passage.free))
-    handed, most = 0.0, passage.hand_over
+    handed, most = 0.0, passage.rows.hand_over
     if len(gaps) > 1:
         handed = sum([gap if gap < most else most for gap in gaps[1:]])
     sums[HAND_OVER] += shape.weight * handed
@@ -360,7 +387,7 @@ def _gap(replica: _Replica, passage: _Passage, stage: int) -> Iterator[_Interval
     """Why a stage did nothing before a Forward came to it."""
     start, end = passage.free[stage], passage.starts[stage]
     if stage and end > start:
-        left = max(start, end - passage.hand_over)
+        left = max(start, end - passage.rows.hand_over)
         yield HAND_OVER, left, end
         end = left
     # Until the Forward before had left, a token was on its way; since this one was submitted, it is.

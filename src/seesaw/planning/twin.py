@@ -185,7 +185,7 @@ class _Simulation:
         for sequence in scheduler.take_finished():
             if meter:
                 meter.finished(sequence.id, executor.now)
-        if self._buffer:
+        if self._buffer and executor.now >= self._buffer.due:
             self._buffer.note(executor.now, scheduler.host.used / scheduler.host.total)
 
 
@@ -200,19 +200,19 @@ class _Waits:
 
     def submitted(self, action: Action) -> None:
         if isinstance(action, Forward):
-            steps = len(action.tokens) == len(action.counts) and not action.write_through
-            self._forwards[action.id] = ("decode" if steps else "prefill") if self._separate else "mixed"
+            phase = "decode" if action.decodes else "prefill"
+            self._forwards[action.id] = phase if self._separate else "mixed"
 
     def waited(self, seconds: float, completions: list[Completion]) -> None:
-        found = next((c for c in completions if not isinstance(c, CopiesDone)), None)
-        if isinstance(found, ForwardDone):
-            self._activity = self._forwards[found.id]
-        elif found is not None:
-            self._activity = "transition"
-        self.seconds[self._activity] = self.seconds.get(self._activity, 0.0) + seconds
+        activity = None
         for completion in completions:
             if isinstance(completion, ForwardDone):
-                del self._forwards[completion.id]
+                forward = self._forwards.pop(completion.id)
+                activity = activity or forward
+            elif not isinstance(completion, CopiesDone):
+                activity = activity or "transition"
+        self._activity = activity or self._activity
+        self.seconds[self._activity] = self.seconds.get(self._activity, 0.0) + seconds
 
 
 class _Buffer:
@@ -220,17 +220,17 @@ class _Buffer:
 
     def __init__(self) -> None:
         self._points: list[tuple[float, float]] = [(0.0, 0.0)]
-        self._due = self._step = 0.0
+        self._step = 0.0
+        self.due = 0.0
+        """When the next point is wanted."""
 
     def note(self, now: float, share: float) -> None:
         """The share used from `now` on."""
-        if now < self._due:
-            return
         if len(self._points) == _BUFFER_POINTS - 1:
             del self._points[1::2]
             self._step = 2 * max(self._step, now / _BUFFER_POINTS)
         self._points.append((now, share))
-        self._due = now + self._step
+        self.due = now + self._step
 
     def points(self, end: float) -> tuple[tuple[float, float], ...]:
         """What was kept, and the buffer at the end of the job, empty."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def attention_calls(
     the pool after another."""
     kind: torch.dtype = getattr(torch, dtype)
     device = operands.device
-    attention = create_attention(device, head_dim=heads.dim)
+    attention = create_attention(device, head_dim=heads.dim, dtype=kind)
     width = -(-tokens // BLOCK_SIZE)
     blocks = sequences * width
     layers = _pool_layers(operands, (2, heads.kv, BLOCK_SIZE, heads.dim), blocks, kind)
@@ -111,6 +112,8 @@ def _batch(sequences: int, tokens: int, new: int, device: str) -> AttentionBatch
         block_tables=tables.to(device, torch.int32),
         slot_mapping=mapping.reshape(-1).to(device),
         max_query=new,
+        fresh=tokens == new,
+        host_lengths=(np.full(sequences, new), np.full(sequences, tokens - new)),
     )
 
 

@@ -62,7 +62,7 @@ def step_rest(
     """A function that runs a decode step of one sequence, and returns the seconds that its operators do not take."""
     spec = _spec(layers)
     operators = _Timed(create_operators(device, dtype=getattr(torch, dtype)), clock)
-    attention = _Timed(create_attention(device, head_dim=spec.head_dim), clock)
+    attention = _Timed(create_attention(device, head_dim=spec.head_dim, dtype=getattr(torch, dtype)), clock)
     with HostWeightStore.dummy(spec, cast(DType, dtype), seed=0) as store:
         stage = _stage(spec, dtype, device, store, operators, attention)
         stage.run(_step(opens=True), None)

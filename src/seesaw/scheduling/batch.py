@@ -46,7 +46,7 @@ class Flight:
     last: list[Sequence]
     """Those whose limit its token reaches."""
     stops: bool
-    """Whether there are tokens that would end one of them."""
+    """Whether a token may end one of them."""
 
 
 @dataclass(slots=True)
@@ -72,6 +72,7 @@ class BatchBuilder:
     _copied: list[Sequence] = field(default_factory=list)
     _last: list[Sequence] = field(default_factory=list)
     _feedback_from: int = -1
+    _stops: bool = False
     _closing: int = field(init=False)
     """Slots given up before this Forward was begun; later ones may be in it still."""
 
@@ -88,6 +89,7 @@ class BatchBuilder:
         self._tokens.extend(sequence.tokens[start : start + count])
         last = start + count == len(sequence.tokens)
         if last:
+            self._stops = self._stops or bool(sequence.stop_ids)
             self._sampled.append(len(self.sequences))
             if start + count + 1 >= sequence.limit:
                 self._last.append(sequence)
@@ -96,8 +98,7 @@ class BatchBuilder:
         self._starts.append(start)
         self._counts.append(count)
         self.tokens_fed += count
-        sequence.cached = start + count
-        sequence.last_forward = self.id
+        sequence.feed(count, self.id)
         return last
 
     def feed_all(self, lockstep: Lockstep, due: list[Sequence], last: list[Sequence]) -> None:
@@ -116,16 +117,21 @@ class BatchBuilder:
         else:
             self._tokens.extend([s.tokens[-1] for s in running[:old]])
         self._feed_tokens(running[old:])
+        self._stops = self._stops or lockstep.stops
         self._last.extend(last)
-        self._step(running)
+        slots, starts = lockstep.columns()
+        self._step(running, slots, starts)
 
     def feed_some(self, running: list[Sequence]) -> None:
-        """Add a decode step of each of these sequences, whatever they were in before; their device blocks exist."""
+        """Add a decode step of each of these sequences, which are in no lockstep; their device blocks exist."""
         for sequence in [s for s in running if s.untold]:
             self._tell_blocks(sequence)
         self._feed_tokens(running)
+        self._stops = self._stops or any(s.stop_ids for s in running)
         self._last.extend([s for s in running if s.cached + 2 >= s.limit])
-        self._step(running)
+        self._step(running, [s.slot for s in running], [s.cached for s in running])
+        for sequence in running:
+            sequence.feed(1, self.id)
 
     def _feed_tokens(self, running: list[Sequence]) -> None:
         """The next token of each, if it has come back."""
@@ -133,19 +139,14 @@ class BatchBuilder:
         self._tokens.extend([s.tokens[s.cached] if s.cached < len(s.tokens) else FEEDBACK for s in running])
         self._feedback_from = max(self._feedback_from, *asked) if asked else self._feedback_from
 
-    def _step(self, running: list[Sequence]) -> None:
-        """Passes over lists, since this runs once for each token that is generated."""
-        self._slots.extend([s.slot for s in running])
-        self._starts.extend([s.cached for s in running])
-        self._counts.extend([1] * len(running))
-        first = len(self.sequences)
-        self._sampled.extend(range(first, first + len(running)))
+    def _step(self, running: list[Sequence], slots: list[int], starts: list[int]) -> None:
+        first, count = len(self.sequences), len(running)
+        self._slots.extend(slots)
+        self._starts.extend(starts)
+        self._counts.extend([1] * count)
+        self._sampled.extend(range(first, first + count))
         self.sequences.extend(running)
-        self.tokens_fed += len(running)
-        id = self.id
-        for sequence in running:
-            sequence.cached += 1
-            sequence.last_forward = id
+        self.tokens_fed += count
 
     def _tell_blocks(self, sequence: Sequence) -> None:
         if sequence.slot < 0:
@@ -153,8 +154,8 @@ class BatchBuilder:
             state = sampling_state(sequence, self.seed)
             self._open.append(SlotInit(sequence.slot, list(sequence.device_blocks), state))
         else:
-            fresh = sequence.device_blocks[sequence.known_blocks :]
-            self._new_blocks.extend((sequence.slot, block) for block in fresh)
+            for block in sequence.device_blocks[sequence.known_blocks :]:
+                self._new_blocks.append((sequence.slot, block))
         sequence.known_blocks = len(sequence.device_blocks)
         sequence.untold = False
 
@@ -191,6 +192,5 @@ class BatchBuilder:
         )
         everyone = self.sequences
         sampled = everyone if len(self._sampled) == len(everyone) else [everyone[i] for i in self._sampled]
-        stops = any(s.stop_ids for s in sampled)
-        flight = Flight(self.replica, self.group, everyone, sampled, self._last, stops)
+        flight = Flight(self.replica, self.group, everyone, sampled, self._last, self._stops)
         return forward, flight, self._copied

@@ -11,8 +11,7 @@ class BlockPool:
 
     def __init__(self, blocks: int) -> None:
         self.total = blocks
-        self.peak = 0
-        """Most blocks in use at any time so far."""
+        self._least_free = blocks
         self._free = list(range(blocks - 1, -1, -1))
 
     @property
@@ -25,6 +24,11 @@ class BlockPool:
         """Number of blocks in use."""
         return self.total - len(self._free)
 
+    @property
+    def peak(self) -> int:
+        """Most blocks in use at any time so far."""
+        return self.total - self._least_free
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks. The caller has checked `free` and owns them until it releases them."""
         assert count <= len(self._free), f"{count} blocks asked for, {len(self._free)} free of {self.total}"
@@ -32,13 +36,16 @@ class BlockPool:
             return []
         taken = self._free[-count:][::-1]
         del self._free[-count:]
-        self.peak = max(self.peak, self.used)
+        self._least_free = min(self._least_free, len(self._free))
         return taken
 
-    def take(self) -> int:
-        """Take one block; otherwise as `allocate`."""
+    def take(self) -> int | None:
+        """Take one block, which is the caller's until it releases it; None if none is free."""
+        if not self._free:
+            return None
         block = self._free.pop()
-        self.peak = max(self.peak, self.used)
+        if len(self._free) < self._least_free:
+            self._least_free = len(self._free)
         return block
 
     def release(self, blocks: list[int]) -> None:

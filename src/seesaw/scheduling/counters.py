@@ -18,8 +18,6 @@ class Counters:
     """Sequences preempted or parked by a swap-out."""
     recomputed: int = 0
     """Sequences preempted without room on the host."""
-    restarted: int = 0
-    """Sequences whose KV was lost with its rank, or was to be computed by it."""
     phase_changes: int = 0
 
     def finish(self, sequence: Sequence) -> None:

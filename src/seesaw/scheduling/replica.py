@@ -67,10 +67,8 @@ class Replica:
         sequence.capacity = blocks * self._block_size
         sequence.known_blocks = 0
         sequence.untold = True
-        sequence.last_forward = -1
-        sequence.home, sequence.group = self, group
-        sequence.expected_blocks = self._expected(sequence)
-        self._growth += _growth(sequence)
+        sequence.arrive(self, group)
+        self._growth += self._expect(sequence)
         self.groups[group].sequences[sequence.id] = sequence
         self.resident += 1
 
@@ -100,13 +98,14 @@ class Replica:
 
     def grow(self, sequence: Sequence) -> bool:
         """Give a resident one more block; False if none is free."""
-        if self.pool.free == 0:
+        block = self.pool.take()
+        if block is None:
             return False
-        before = _growth(sequence)
-        sequence.device_blocks.append(self.pool.take())
+        if sequence.expected_blocks - len(sequence.device_blocks) > 1:
+            self._growth -= 1  # else one more is expected as before
+        sequence.device_blocks.append(block)
         sequence.capacity += self._block_size
         sequence.untold = True
-        self._growth += _growth(sequence) - before
         return True
 
     def growth(self, mean_output: int) -> int:
@@ -117,12 +116,17 @@ class Replica:
             self._growth = 0
             for group in self.groups:
                 for sequence in group.sequences.values():
-                    sequence.expected_blocks = self._expected(sequence)
-                    self._growth += _growth(sequence)
+                    self._growth += self._expect(sequence)
         return self._growth
 
-    def _expected(self, sequence: Sequence) -> int:
-        return -(-min(sequence.limit, sequence.prompt_tokens + self._growth_mean) // self._block_size)
+    def _expect(self, sequence: Sequence) -> int:
+        """Note how many blocks it is expected to need in the end; returns by how many it is to grow."""
+        reach = sequence.prompt_tokens + self._growth_mean
+        if reach > sequence.limit:
+            reach = sequence.limit
+        sequence.expected_blocks = expected = -(-reach // self._block_size)
+        more = expected - len(sequence.device_blocks)
+        return more if more > 1 else 1
 
     # ---- slots --------------------------------------------------------------------------------------------
 

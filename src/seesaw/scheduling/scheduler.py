@@ -199,7 +199,6 @@ class Scheduler:
                 sequence.status = Status.WAITING
         self.hosted.extendleft(sorted(arriving, key=lambda s: -s.admitted))
         self.waiting.extendleft(sorted(again, key=lambda s: -s.id))
-        self.counters.restarted += len(again)
         return len(again)
 
     def reconfigure(self, config: SchedulerConfig, policy: Policy) -> None:
@@ -240,16 +239,19 @@ class Scheduler:
             for sequence, chosen in zip(flight.sampled, done.logprobs, strict=True):
                 if chosen is not None and sequence.status is not Status.FINISHED:
                     sequence.logprobs.append(chosen)
-        updated = self._append(flight, done.tokens)
-        running = Status.RUNNING
-        for sequence in [s for s in flight.sequences if s.status is not running]:
+        # Who has left keeps blocks while in flight. Who ends by the token that has come is settled there and then.
+        leaving = [s for s in flight.sequences if s.group < 0] if replica.leaving_blocks else []
+        updated = self._append(flight, done.tokens, bool(leaving))
+        for sequence in leaving:
             self._settle(sequence)
         return updated
 
-    def _append(self, flight: Flight, tokens: list[int]) -> list[Sequence]:
-        """Append a token to each sequence that has not ended, and end those that it ends."""
-        finished, sampled = Status.FINISHED, flight.sampled
-        if [s for s in sampled if s.status is finished]:
+    def _append(self, flight: Flight, tokens: list[int], some_ended: bool) -> list[Sequence]:
+        """Append a token to each sequence that has not ended, and end those that it ends. `some_ended` is whether
+        there may be any that have."""
+        sampled = flight.sampled
+        if some_ended:
+            finished = Status.FINISHED
             pairs = [(s, t) for s, t in zip(sampled, tokens, strict=True) if s.status is not finished]
             sampled, tokens = [s for s, _ in pairs], [t for _, t in pairs]
         for sequence, token in zip(sampled, tokens, strict=True):

@@ -39,8 +39,8 @@ class Sequence:
     """One completion of a request. The scheduler alone writes it.
 
     `tokens` holds the prompt and what was generated. `cached` tokens of it are in the KV cache, or will be
-    once the Forwards in flight have run. What else follows from these two is a property, so that a decode step
-    writes as little as can be.
+    once the Forwards in flight have run. While it decodes, that follows from the number of its group's steps, so
+    that a step writes nothing here.
     """
 
     id: int
@@ -55,9 +55,10 @@ class Sequence:
     """Tokens that end it."""
 
     status: Status = field(default=Status.WAITING, init=False)
-    cached: int = field(default=0, init=False)
-    last_forward: int = field(default=-1, init=False)
-    """Id of the latest Forward on its present device that contains it."""
+    _cached: int = field(default=0, init=False)
+    """`cached`, but for the steps of its lockstep."""
+    _last_forward: int = field(default=-1, init=False)
+    """`last_forward`, before it took a step of its lockstep."""
 
     home: Replica | None = field(default=None, init=False)
     """The replica whose pool `device_blocks` belong to."""
@@ -76,6 +77,8 @@ class Sequence:
     lockstep: Lockstep | None = field(default=None, init=False)
     """Whose member it is; `Lockstep` keeps it, as well as `due_step`."""
     due_step: int = field(default=-1, init=False)
+    _joined: int = field(default=-1, init=False)
+    """Steps that the lockstep had taken when it became a member."""
     expected_blocks: int = field(default=0, init=False)
     """Device blocks it is expected to need in the end; `Replica` keeps it."""
     host_blocks: list[int] = field(default_factory=list, init=False)
@@ -87,6 +90,42 @@ class Sequence:
     logprobs: list[ChosenToken | None] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     stop_reason: int | str | None = field(default=None, init=False)
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the KV cache, once the Forwards in flight have run."""
+        return self._cached if self.lockstep is None else self._cached + self.lockstep.steps
+
+    @cached.setter
+    def cached(self, tokens: int) -> None:
+        assert self.lockstep is None, "the steps of its lockstep count its tokens"
+        self._cached = tokens
+
+    @property
+    def last_forward(self) -> int:
+        """Id of the latest Forward on its present device that contains it; -1 for none."""
+        if self.lockstep is None or self.lockstep.steps == self._joined:
+            return self._last_forward
+        return self.lockstep.latest
+
+    def arrive(self, home: Replica, group: int) -> None:
+        """It has a place on a device; no Forward there contains it yet."""
+        self.home, self.group, self._last_forward = home, group, -1
+
+    def feed(self, tokens: int, forward: int) -> None:
+        """So many more of its tokens are fed, by Forward number `forward`."""
+        self.cached += tokens
+        self._last_forward = forward
+
+    def enter(self, lockstep: Lockstep) -> None:
+        """From now on every step of `lockstep` feeds a token of it, without its being written to."""
+        self._cached -= lockstep.steps
+        self._joined = lockstep.steps
+        self.lockstep = lockstep
+
+    def exit(self) -> None:
+        """Keep what the steps of its lockstep came to."""
+        self._cached, self._last_forward, self.lockstep = self.cached, self.last_forward, None
 
     @property
     def generated(self) -> int:
@@ -115,10 +154,10 @@ class Sequence:
 
     def off_device(self) -> None:
         """Forget its device and all that is in flight: neither exists any more."""
-        self.home, self.group, self.slot, self.last_forward = None, -1, -1, -1
+        self.exit()
+        self.home, self.group, self.slot, self._last_forward = None, -1, -1, -1
         self.device_blocks, self.capacity, self.known_blocks, self.untold = [], 0, 0, True
         self.copies = 0
-        self.lockstep = None
 
     @property
     def output_token_ids(self) -> list[int]:

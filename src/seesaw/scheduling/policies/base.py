@@ -103,9 +103,9 @@ def feed_running(scheduler: Scheduler, batch: BatchBuilder) -> None:
     group = batch.replica.groups[batch.group]
     lockstep = group.lockstep
     due = lockstep.due()
-    last = lockstep.prepare(due, scheduler.grow)
+    last = lockstep.prepare(due, batch.replica.grow)
     if last is None:
-        batch.feed_some(_with_room(scheduler, batch.replica, list(lockstep.members)))
+        batch.feed_some(_with_room(scheduler, batch.replica, lockstep.dissolve()))
         lockstep.start_over(list(group.sequences.values()), batch.id)
     elif lockstep.members:
         batch.feed_all(lockstep, due, last)

@@ -121,7 +121,9 @@ class PhasedPolicy:
     def _decode(self, scheduler: Scheduler) -> None:
         onboard(scheduler)
         deal(scheduler, partial(self._step, scheduler))
-        resident = sum(replica.resident for replica in scheduler.replicas)
+        resident = 0
+        for replica in scheduler.replicas:
+            resident += replica.resident
         self._largest_batch = max(self._largest_batch, resident)
 
     def _step(self, scheduler: Scheduler, replica: Replica, group: int) -> bool:
