@@ -17,6 +17,7 @@ from seesaw import launch
 from seesaw.attention.base import AttentionBatch
 from seesaw.attention.torch_backend import TorchAttention
 from seesaw.device.cuda import CudaDevice
+from seesaw.execution import kv_copies
 from seesaw.execution import worker as worker_module
 from seesaw.execution.local import LocalExecutor, _Rank
 from seesaw.execution.messages import FromWorker, Ready, Shutdown, ToWorker
@@ -41,10 +42,11 @@ class Watch:
         row = worker._spec.head_dim * worker._dtype.itemsize
         arena = worker._pool._arena
         self._pools.memory = Memory(self.cuda, f"pool of rank {worker._config.rank}", arena, row)
-        if worker._host is not None:
+        host = worker._copies.host
+        if host is not None:
             with self._lock:
                 if self._host is None:
-                    self._host = Memory(self.cuda, "host buffer", worker._host.tensor, row)
+                    self._host = Memory(self.cuda, "host buffer", host.tensor, row)
 
     def pool(self) -> Memory | None:
         """Of this thread's rank."""
@@ -186,20 +188,34 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     watch = Watch()
 
     def out(
-        pool: Any, host: Any, pairs: Any, *, layers: range, kv_heads: range, layer: int | None = None
+        pool: Any,
+        host: Any,
+        pairs: Any,
+        *,
+        layers: range,
+        kv_heads: range,
+        layer: int | None = None,
+        **_: Any,
     ) -> int:
         watch.swapped(pool, host, pairs, (layers, kv_heads, layer), out=True)
         return transfers.swap_out(pool, host, pairs, layers=layers, kv_heads=kv_heads, layer=layer)
 
     def into(
-        pool: Any, host: Any, pairs: Any, *, layers: range, kv_heads: range, layer: int | None = None
+        pool: Any,
+        host: Any,
+        pairs: Any,
+        *,
+        layers: range,
+        kv_heads: range,
+        layer: int | None = None,
+        **_: Any,
     ) -> int:
         watch.swapped(pool, host, pairs, (layers, kv_heads, layer), out=False)
         return transfers.swap_in(pool, host, pairs, layers=layers, kv_heads=kv_heads, layer=layer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker_module, "swap_out", out)
-        patch.setattr(worker_module, "swap_in", into)
+        patch.setattr(kv_copies, "swap_out", out)
+        patch.setattr(kv_copies, "swap_in", into)
         patch.setattr(worker_module, "create_attention", lambda *_, **__: WatchedAttention(watch))
         patch.setattr(launch, "LocalExecutor", type("Watched", (ThreadExecutor,), {"watch": watch}))
         yield watch

@@ -18,7 +18,6 @@ from typing import TypeVar, cast
 import msgspec
 import torch
 import zmq
-from torch import Tensor
 
 from seesaw.attention.select import create_attention
 from seesaw.core.actions import Forward, SwapIn, SwapOut, Transition
@@ -28,6 +27,7 @@ from seesaw.device.base import Device
 from seesaw.device.select import open_device
 from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.heap import keep_heap
+from seesaw.execution.kv_copies import KvCopies
 from seesaw.execution.liveness import BEAT
 from seesaw.execution.messages import (
     Alive,
@@ -45,10 +45,8 @@ from seesaw.execution.placement import enter
 from seesaw.execution.profiling import Profile
 from seesaw.execution.stage import Stage
 from seesaw.execution.tracing import RankTrace
-from seesaw.kv.copy_engine import CopyEngine
 from seesaw.kv.device_pool import DevicePool
 from seesaw.kv.host_buffer import HostBuffer
-from seesaw.kv.transfers import swap_in, swap_out
 from seesaw.ops.select import create_operators
 from seesaw.transport.base import Transport
 from seesaw.transport.select import create_transport
@@ -105,9 +103,8 @@ class Worker:
         self._weights.load(self._shardings[0])
         self._check_weights()
         self._pool = DevicePool(max(self._pool_bytes(i) for i in range(len(self._views))), device.torch)
-        self._host = self._attach_host_buffer()
-        self._copies = CopyEngine(device)
         self._current = 0
+        self._copies = KvCopies(device, self._pool, self._attach_host_buffer(), self._views[0])
         self._stage = self._make_stage()
 
     # ---- start --------------------------------------------------------------------------------------------
@@ -200,14 +197,10 @@ class Worker:
                 self._forward(message)
             case SwapOut():
                 self.phase = "swap-out"
-                pairs = torch.tensor(message.pairs)
-                self._copies.to_host(
-                    lambda: self._swap_out(pairs, None), self._acknowledge(message.id, "swap-out")
-                )
+                self._copies.swap_out(message.pairs, self._acknowledge(message.id, "swap-out"))
             case SwapIn():
                 self.phase = "swap-in"
-                pairs = torch.tensor(message.pairs)
-                self._copies.to_device(lambda: self._swap_in(pairs), self._acknowledge(message.id, "swap-in"))
+                self._copies.swap_in(message.pairs, self._acknowledge(message.id, "swap-in"))
             case Transition():
                 self.phase = "transition"
                 self._transition(message)
@@ -216,26 +209,17 @@ class Worker:
 
     def _forward(self, forward: Forward) -> None:
         """Run a micro-batch. Each layer's KV is copied out behind the layers that follow it."""
-        after_attention = None
-        moved = 0
+        after_attention, finish_copies = None, None
         if forward.write_through:
-            pairs = torch.tensor(forward.write_through)
-
-            def copy(layer: int) -> int:
-                nonlocal moved
-                copied = self._swap_out(pairs, layer)
-                moved += copied
-                return copied
-
-            def after_attention(layer: int) -> None:
-                self._copies.to_host(lambda: copy(layer), self._traced_copy("write-through"))
-
+            after_attention, finish_copies = self._copies.write_through(
+                forward.write_through, self._traced_copy("write-through"), self._acknowledge(forward.id)
+            )
         with self._profiled(forward), self._traced(forward):
             done = self._stage.run(forward, after_attention)
         if done is not None:
             self._device.compute.notify(lambda: self._report(done()))
-        if forward.write_through:
-            self._copies.to_host(lambda: moved, self._acknowledge(forward.id))
+        if finish_copies is not None:
+            finish_copies()
 
     def _profiled(self, forward: Forward) -> AbstractContextManager[None]:
         if self._profile is None:
@@ -259,24 +243,6 @@ class Worker:
 
         return report
 
-    def _swap_out(self, pairs: Tensor, layer: int | None) -> int:
-        """Copy this rank's slabs out; of ranks that share a replicated KV head only one copies."""
-        view = self._views[self._current]
-        if not view.owns_kv:
-            return 0
-        host = self._host_blocks()
-        return swap_out(
-            self._pool.blocks, host, pairs, layers=view.layers, kv_heads=view.kv_heads, layer=layer
-        )
-
-    def _swap_in(self, pairs: Tensor) -> int:
-        view, host = self._views[self._current], self._host_blocks()
-        return swap_in(self._pool.blocks, host, pairs, layers=view.layers, kv_heads=view.kv_heads)
-
-    def _host_blocks(self) -> Tensor:
-        assert self._host is not None, "a copy to the host without a host buffer"
-        return self._host.tensor
-
     def _transition(self, action: Transition) -> None:
         started = time.monotonic()
         self._stage.finish()
@@ -287,6 +253,7 @@ class Worker:
         )
         self._check_weights()
         self._current = action.target
+        self._copies.change_view(self._views[action.target])
         self._stage = self._make_stage()
         ended = time.monotonic()
         fetched, copied = stats.bytes_fetched, stats.bytes_copied
@@ -306,6 +273,7 @@ class Worker:
         self.phase = "shutdown"
         self._stage.finish()
         self._device.close()
+        self._copies.close()
         self._transport.close()
         if self.trace is not None:
             self.trace.flush()
