@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from seesaw.core.workspace import SPLITS
 from tests import triton_interpreter  # before any module of kernels
 from tests.attention.cases import DECODE, SEVERAL, TOLERANCE, Case, other_neighbours
 
@@ -163,7 +164,7 @@ def test_chunks_of_any_pool_are_bounded() -> None:
         pool = torch.empty((blocks, 2, 1, 16, 8), device="meta")
         chunk = triton_decode.chunk_tokens(pool)
         assert chunk >= triton_decode.CHUNK and chunk & (chunk - 1) == 0
-        assert blocks * 16 // chunk <= triton_decode.SPLITS
+        assert blocks * 16 // chunk <= SPLITS
 
 
 def test_whole_prompts_go_where_flash_attention_serves() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-import os
-import shutil
 from typing import TYPE_CHECKING
 
 from seesaw.core.errors import ConfigError
+from seesaw.native.triton_here import missing_for_triton
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,12 +122,9 @@ def _flashinfer(device: str, head_dim: int | None, dtype: torch.dtype | None) ->
 def _triton(device: str, head_dim: int | None, dtype: torch.dtype | None) -> tuple[TritonAttention, str]:
     import torch
 
-    if importlib.util.find_spec("triton") is None:
-        raise _Unusable("Triton is not installed (`pip install 'seesaw-llm[cuda]'`)")
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        raise _Unusable(
-            "Triton finds no C compiler to build its launchers with (install gcc, or name one in CC)"
-        )
+    missing = missing_for_triton()
+    if missing is not None:
+        raise _Unusable(missing)
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise _Unusable(f"its kernels are for float32, bfloat16 and float16, not {_name(dtype)}")
     capability, processors = _examine(device)

@@ -37,9 +37,8 @@ from seesaw.attention.triton_tiles import (
     operand_type,
     token_offsets,
 )
+from seesaw.core.workspace import SPLITS
 
-SPLITS = 1024
-"""Chunks beyond one for each sequence, at most: chunks of large pools are larger. Bounds the partial results."""
 CHUNK = 256
 """Tokens of a chunk, at least: 64 KB of K and V at a head of 128, a few microseconds of one SM's bandwidth."""
 

@@ -10,7 +10,8 @@ SAMPLING_BYTES = 64 << 20
 """For what the sampler makes of its logits. It takes about 2^20 of them at a time, and copies, weights, sums and
 their order are up to 48 bytes for each."""
 STAGING_BYTES = 64 << 20
-"""For the two buffers through which KV is gathered into large copies."""
+"""For the two halves of the buffer through which KV goes where the device does not reach host memory itself: a half
+takes the link about a millisecond, in which the launches around it are lost."""
 SPLITS = 1024
 """Parts into which split-KV decode attention may divide the sequences of a batch beyond one each: with 132 SMs of
 several programs each, more would not run at once."""

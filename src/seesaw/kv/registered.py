@@ -13,7 +13,8 @@ from torch import Tensor
 
 from seesaw.core.errors import MemoryBudgetError
 from seesaw.core.units import format_bytes
-from seesaw.kv.staging import STAGING_BYTES, Fence, StagedCopies
+from seesaw.core.workspace import STAGING_BYTES
+from seesaw.kv.staging import Fence, StagedCopies
 from seesaw.kv.transfers import SlabCopy, copy_slabs
 
 logger = logging.getLogger(__name__)

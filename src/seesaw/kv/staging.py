@@ -9,10 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from seesaw.core.workspace import STAGING_BYTES
 from seesaw.kv.transfers import SlabCopy, copy_slabs
-
-STAGING_BYTES = 64 << 20
-"""Of both halves. A half takes the link about a millisecond, in which the launches around it are lost."""
 
 
 class Fence(Protocol):

@@ -241,16 +241,15 @@ class Scheduler:
                     sequence.logprobs.append(chosen)
         # Who has left keeps blocks while in flight. Who ends by the token that has come is settled there and then.
         leaving = [s for s in flight.sequences if s.group < 0] if replica.leaving_blocks else []
-        updated = self._append(flight, done.tokens, bool(leaving))
+        updated = self._append(flight, done.tokens)
         for sequence in leaving:
             self._settle(sequence)
         return updated
 
-    def _append(self, flight: Flight, tokens: list[int], some_ended: bool) -> list[Sequence]:
-        """Append a token to each sequence that has not ended, and end those that it ends. `some_ended` is whether
-        there may be any that have."""
+    def _append(self, flight: Flight, tokens: list[int]) -> list[Sequence]:
+        """Append a token to each sequence that has not ended, and end those that it ends."""
         sampled = flight.sampled
-        if some_ended:
+        if flight.replica.leaving_blocks:  # else none has
             finished = Status.FINISHED
             pairs = [(s, t) for s, t in zip(sampled, tokens, strict=True) if s.status is not finished]
             sampled, tokens = [s for s, _ in pairs], [t for _, t in pairs]
