@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -187,35 +187,17 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     """Engines made in here have ranks that are watched."""
     watch = Watch()
 
-    def out(
-        pool: Any,
-        host: Any,
-        pairs: Any,
-        *,
-        layers: range,
-        kv_heads: range,
-        layer: int | None = None,
-        **_: Any,
-    ) -> int:
-        watch.swapped(pool, host, pairs, (layers, kv_heads, layer), out=True)
-        return transfers.swap_out(pool, host, pairs, layers=layers, kv_heads=kv_heads, layer=layer)
+    def told(swap: Callable[..., int], *, out: bool) -> Callable[..., int]:
+        def run(pool: Any, host: Any, pairs: Any, **options: Any) -> int:
+            part = options["layers"], options["kv_heads"], options.get("layer")
+            watch.swapped(pool, host, pairs, part, out=out)
+            return swap(pool, host, pairs, **options)
 
-    def into(
-        pool: Any,
-        host: Any,
-        pairs: Any,
-        *,
-        layers: range,
-        kv_heads: range,
-        layer: int | None = None,
-        **_: Any,
-    ) -> int:
-        watch.swapped(pool, host, pairs, (layers, kv_heads, layer), out=False)
-        return transfers.swap_in(pool, host, pairs, layers=layers, kv_heads=kv_heads, layer=layer)
+        return run
 
     with monkeypatch.context() as patch:
-        patch.setattr(kv_copies, "swap_out", out)
-        patch.setattr(kv_copies, "swap_in", into)
+        patch.setattr(kv_copies, "swap_out", told(transfers.swap_out, out=True))
+        patch.setattr(kv_copies, "swap_in", told(transfers.swap_in, out=False))
         patch.setattr(worker_module, "create_attention", lambda *_, **__: WatchedAttention(watch))
         patch.setattr(launch, "LocalExecutor", type("Watched", (ThreadExecutor,), {"watch": watch}))
         yield watch
