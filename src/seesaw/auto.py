@@ -218,6 +218,7 @@ class Auto:
 
     def _options(self, context: int) -> SearchOptions:
         """What the user fixed stays fixed."""
+        from seesaw.planning.device_costs import costs_of
         from seesaw.planning.search import SearchOptions
 
         deployment, options = self._fallback, self._fallback.options
@@ -231,6 +232,7 @@ class Auto:
             block_size=options.block_size,
             transition=transition_mode(options),
             overlap=options.overlap,
+            costs=costs_of(options.device),
             replayed_tokens=_REPLAYED_TOKENS,
         )
 

@@ -20,6 +20,7 @@ from seesaw.core.node import Place, load_node, places_on_cores
 from seesaw.core.units import parse_bytes
 from seesaw.models.hf_config import load_spec
 from seesaw.planning.at_hand import nominal_turn_costs, profile_at_hand
+from seesaw.planning.device_costs import costs_of
 from seesaw.planning.memory import MemoryPlan, TransitionMode
 from seesaw.planning.setup import Limits, Setup, set_up
 from seesaw.planning.shapes import stored_as
@@ -166,6 +167,7 @@ def limits_of(options: Options, device_memory: int, host_kv: int) -> Limits:
         transition=transition_mode(options),
         overlap=options.overlap,
         seed=options.seed,
+        costs=costs_of(options.device),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 
 from seesaw.core.actions import Action, Completion
 from seesaw.core.errors import EngineError
+from seesaw.core.units import format_bytes
 from seesaw.deployment import Deployment
 from seesaw.execution.local import LocalExecutor, OnEvents
 from seesaw.execution.messages import ShardingMessage, WorkerConfig
@@ -16,6 +18,8 @@ from seesaw.transport.select import resolve_kind
 from seesaw.transport.shared_memory import create_region
 from seesaw.weights.sharding import Sharding
 from seesaw.weights.store import HostWeightStore
+
+logger = logging.getLogger(__name__)
 
 
 def start_local(deployment: Deployment) -> LocalNode:
@@ -96,6 +100,13 @@ def _start_ranks(
     store: HostWeightStore | None,
     on_events: OnEvents | None,
 ) -> LocalExecutor:
+    memory = deployment.memory
+    logger.info(
+        "memory of rank %d, the fullest, within %s: %s",
+        memory.fullest,
+        format_bytes(deployment.device_memory),
+        memory.describe(memory.fullest),
+    )
     shardings = list(deployment.shardings[: 2 if deployment.plan.reshards else 1])
     transport, region = _transport(deployment)
     configs = [

@@ -75,7 +75,9 @@ def test_what_is_assumed_is_said(asked: dict[str, Any]) -> None:
     assert "a host buffer of 256.0 GiB is assumed" in notes
     assert "mixtures of experts" in notes
     assert "sharegpt is assumed" in result.stdout
-    assert asked["subject"].device_memory == asked["subject"].hardware.memory - (1 << 30)
+    # of the 22.5 GiB that nvidia-smi shows of an L4, torch reports 22.0
+    assert 21.8 * (1 << 30) < asked["subject"].device_memory < 22.0 * (1 << 30)
+    assert asked["subject"].hardware.memory > 22.4 * (1 << 30)
 
 
 def test_float32_weights_compute_in_float32(asked: dict[str, Any]) -> None:

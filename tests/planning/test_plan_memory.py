@@ -114,7 +114,7 @@ def _slow(
         [2 * len(v.layers) * len(v.kv_heads) * spec.head_dim * budget.block_size * size for v in pair]
         for pair in views
     ]
-    weights, workspace = [], []
+    weights, parts = [], []
     for rank in ranks:
         peaks = [weight_bytes(spec, first, rank, dtype)]
         if first != second:
@@ -129,8 +129,10 @@ def _slow(
             width = 4 * spec.hidden + max(3 * heads, 3 * len(v.ffn))
             columns = len(v.vocab) + (2 * spec.vocab if rank == v.sampler_rank else 0) if v.last_stage else 0
             tokens = max(budget.max_batch_tokens, budget.max_running)
-            needs.append(tokens * width * size + budget.max_running * columns * 4)
-        workspace.append(max(needs))
+            needs.append((tokens * width * size, budget.max_running * columns * 4))
+        activations, logits = max(needs, key=sum)
+        parts.append((("activations", activations), *((("logits", logits),) if logits else ())))
+    workspace = [sum(bytes for _, bytes in of_rank) for of_rank in parts]
     blocks = [
         min((budget.device - weights[rank] - workspace[rank]) // block[rank][phase] for rank in ranks)
         for phase in (0, 1)
@@ -151,6 +153,7 @@ def _slow(
         device_blocks=capped,
         host_blocks=host,
         max_model_len=longest,
+        parts=tuple(parts),
     )
 
 

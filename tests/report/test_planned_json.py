@@ -42,6 +42,7 @@ def test_a_ranking() -> None:
     assert found.best.setup is not None
     assert ours.settings.transition == found.best.setup.memory.mode
     assert ours.memory is not None and len(ours.memory.weights) == 4
+    assert [sum(parts.values()) for parts in ours.memory.parts] == ours.memory.workspace
     assert ours.replay is not None and ours.replay.phases["decode"].causes["weights"] == 80.0
     assert ours.replay.buffer[1] == (80.0, 0.9)
     assert static.replay is not None and set(static.replay.phases) == {"mixed"}

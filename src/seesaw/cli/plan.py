@@ -71,10 +71,15 @@ def plan(
 
 def search_plans(subject: Subject, *, max_running: int | None, chunk: int | None) -> Ranking:
     """The planner's search; what is None is chosen."""
+    from seesaw.planning.device_costs import costs_of
     from seesaw.planning.search import SearchOptions, search
 
     options = SearchOptions(
-        device_memory=subject.device_memory, host_kv=subject.host_kv, chunk=chunk, max_running=max_running
+        device_memory=subject.device_memory,
+        host_kv=subject.host_kv,
+        chunk=chunk,
+        max_running=max_running,
+        costs=costs_of(subject.hardware.device),
     )
     return search(subject.model, subject.hardware, subject.workload, subject.dtype, options=options)
 

@@ -155,6 +155,7 @@ def _value(word: str, key: str, value: str) -> int | str | None:
 def replayed(subject: Subject, name: str, settings: dict[str, Any]) -> Replay:
     """A plan replayed, or the reason why it does not fit."""
     from seesaw.planning import twin
+    from seesaw.planning.device_costs import costs_of
     from seesaw.planning.search import turn_costs
     from seesaw.planning.setup import Limits, set_up
     from seesaw.report.replays import Replay
@@ -166,7 +167,7 @@ def replayed(subject: Subject, name: str, settings: dict[str, Any]) -> Replay:
         raise LayoutError(
             f"plan {plan} is for {plan.world} ranks, but the node ({node.ranks} × {node.name}) has {node.ranks}"
         )
-    limits = Limits(**given)
+    limits = Limits(**given, costs=costs_of(node.device))
     try:
         for layout in (plan.prefill, plan.decode):
             check_layout(subject.model.spec, layout)

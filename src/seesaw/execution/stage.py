@@ -14,6 +14,7 @@ from torch import Tensor
 from seesaw.attention.base import AttentionBackend
 from seesaw.core.actions import ChosenToken, Forward, ForwardDone
 from seesaw.core.model_spec import ModelSpec
+from seesaw.core.workspace import logit_rows
 from seesaw.device.base import Device
 from seesaw.execution.collectives import PipelineLinks, TensorParallelGroup
 from seesaw.execution.sampler import Sampler, SampleResult
@@ -68,6 +69,7 @@ class Stage:
         self._slots = SlotTables(block_size, device)
         self._links = PipelineLinks(view, group.transport, device.torch)
         self._operators = operators
+        self._logit_rows = logit_rows(spec.vocab)
         self._sampler = Sampler(spec.vocab, operators.argmax) if view.rank == view.sampler_rank else None
         self._particular: set[int] = set()
         """Open slots that want more than the most likely token; known on every rank of the last stage."""
@@ -132,22 +134,26 @@ class Stage:
     def _sample(self, forward: Forward, rows: Tensor) -> SampleResult:
         """Sample, and give the tokens to the first stage. Only the sampler's rank gets the true result."""
         slots = [forward.slots[i] for i in forward.sampled]
-        result = SampleResult(torch.empty(len(slots), dtype=torch.int64, device=self._device.torch), [])
         if not slots:
-            return result
-        local = self._decoder.logits(rows)
-        if self._particular.isdisjoint(slots):
-            tokens = self._choose_greedily(local)
-            if tokens is not None:
-                result = SampleResult(tokens, [])
-        else:
-            logits = self._group.gather_logits(local, self._vocab_widths)
-            if self._sampler is not None:
-                assert logits is not None
-                result = self._sampler.sample(logits, slots)
+            return _none_chosen(0, self._device.torch)
+        step = self._logit_rows
+        parts = [slice(start, start + step) for start in range(0, len(slots), step)]
+        result = joined([self._sample_rows(slots[part], rows[part]) for part in parts])
         if forward.feedback:
             self._feed_back(slots, result.tokens)
         return result
+
+    def _sample_rows(self, slots: list[int], rows: Tensor) -> SampleResult:
+        """Logits of no more rows than memory is set aside for, and what is chosen from them."""
+        local = self._decoder.logits(rows)
+        if self._particular.isdisjoint(slots):
+            tokens = self._choose_greedily(local)
+            return _none_chosen(len(slots), self._device.torch) if tokens is None else SampleResult(tokens, [])
+        logits = self._group.gather_logits(local, self._vocab_widths)
+        if self._sampler is None:
+            return _none_chosen(len(slots), self._device.torch)
+        assert logits is not None
+        return self._sampler.sample(logits, slots)
 
     def _choose_greedily(self, local: Tensor) -> Tensor | None:
         """The most likely tokens: each rank looks through its own logits, and only the best are compared."""
@@ -180,3 +186,19 @@ def _report(
     started = time.perf_counter()
     listed = tokens.tolist()
     return ForwardDone(forward, listed, logprobs, host_seconds=preparing + time.perf_counter() - started)
+
+
+def _none_chosen(count: int, device: torch.device) -> SampleResult:
+    """What ranks have that do not sample: room for the tokens of the one that does."""
+    return SampleResult(torch.empty(count, dtype=torch.int64, device=device), [])
+
+
+def joined(parts: list[SampleResult]) -> SampleResult:
+    """One result of those of consecutive rows."""
+    if len(parts) == 1:
+        return parts[0]
+    logprobs: list[ChosenToken | None] = []
+    if any(part.logprobs for part in parts):
+        for part in parts:
+            logprobs += part.logprobs or [None] * len(part.tokens)
+    return SampleResult(torch.cat([part.tokens for part in parts]), logprobs)

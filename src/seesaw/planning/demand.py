@@ -30,6 +30,9 @@ class Demand:
     """float32 numbers that a sampled sequence takes."""
     kv: tuple[int, int]
     """Elements of K and V of a token."""
+    heads: tuple[int, int]
+    """Heads of queries."""
+    layers: tuple[int, int]
 
 
 @lru_cache(maxsize=1024)
@@ -87,12 +90,12 @@ def bounds(model: PlannedModel, prefill: Layout, decode: Layout, stages: Stages 
     )
 
 
-_Figures = tuple[int, int, int, int]
+_Figures = tuple[int, int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Extremes:
-    """Least and most of any rank: bytes of weights, width, logits, KV."""
+    """Least and most of any rank: bytes of weights, width, logits, KV, heads, layers."""
 
     least: _Figures
     most: _Figures
@@ -104,20 +107,23 @@ def _extremes(model: PlannedModel, sharding: Sharding) -> _Extremes:
         footprint(model).held(sharding),
         *zip(*_by_rank(model, sharding), strict=True),
     ]
-    held, width, logits, kv = figures
+    held, width, logits, kv, heads, layers = figures
     return _Extremes(
-        (min(held), min(width), min(logits), min(kv)), (max(held), max(width), max(logits), max(kv))
+        (min(held), min(width), min(logits), min(kv), min(heads), min(layers)),
+        (max(held), max(width), max(logits), max(kv), max(heads), max(layers)),
     )
 
 
-def _by_rank(model: PlannedModel, sharding: Sharding) -> list[tuple[int, int, int]]:
-    """Width, logits and KV of each rank, in the order of their numbers."""
+def _by_rank(model: PlannedModel, sharding: Sharding) -> list[tuple[int, int, int, int, int]]:
+    """Width, logits, KV, heads and layers of each rank, in the order of their numbers."""
     layout, head_dim = sharding.layout, model.spec.head_dim
     places = [
         (
             _width(model, share, layers),
             _logits(model, share, layers, samples=index == 0),
             2 * len(layers) * len(share.kv_heads) * head_dim,
+            len(share.q_heads),
+            len(layers),
         )
         for layers in sharding.stages
         for index, share in enumerate(shares(model.spec, layout.tp, model.moe))

@@ -106,15 +106,15 @@ class _Question:
             budget = replace(
                 self.limits.budget(layout, separate=False), device=node.memory, max_model_len=None
             )
-            books = Books(model, self.dtype, budget)
+            books = Books(model, self.dtype, budget, (layout, layout))
             found.append(books.longest(books.blocks(_ranks(model, layout), "resident")))
         return max(found)
 
     def _need(self, model: PlannedModel, layout: Layout) -> int:
-        books = Books(model, self.dtype, self.limits.budget(layout, separate=False))
+        books = Books(model, self.dtype, self.limits.budget(layout, separate=False), (layout, layout))
         blocks = -(-(self.limits.max_model_len or 2) // self.limits.block_size)
         return max(
-            rank.peaks[0] + books.workspace(rank) + blocks * books.block_bytes(rank)[0]
+            rank.peaks[0] + books.workspace(rank, "resident") + blocks * books.block_bytes(rank)[0]
             for rank in _ranks(model, layout)
         )
 

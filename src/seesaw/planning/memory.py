@@ -1,7 +1,13 @@
 """The exact memory of a plan: what each rank holds, how many KV blocks that leaves, and whether it fits.
 
 The figures come from the interval and block arithmetic the engine itself uses (`planning.demand`), so a plan that is
-accepted allocates what is written here and no more.
+accepted allocates what is written here and no more. For every rank, with the mode of transition that was chosen,
+
+    weights + workspace + pool <= device memory,
+
+where `weights` is the most that both phases and both ways of changing over ever hold, `workspace` the sum of `parts`
+(activations, logits, and what the device takes: `planning.device_costs`), each the larger one of the two phases, and
+`pool` the KV blocks of the phase that has more.
 """
 
 from __future__ import annotations
@@ -12,8 +18,10 @@ from typing import TYPE_CHECKING
 
 from seesaw.core.errors import MemoryBudgetError
 from seesaw.core.layout import Layout, Plan
+from seesaw.core.units import format_bytes
 from seesaw.planning.books import Books, MemoryBudget, Pair
 from seesaw.planning.demand import MODES, Bounds, bounds, demands, distinct_demands
+from seesaw.planning.device_costs import Parts
 from seesaw.planning.shapes import PlannedModel
 from seesaw.planning.shardings import footprint, plan_shardings
 from seesaw.weights.changes import Mode
@@ -39,13 +47,30 @@ class MemoryPlan:
     weights: tuple[int, ...]
     """Most bytes of weights that each rank holds at any time, transitions included."""
     workspace: tuple[int, ...]
-    """Bytes set aside on each rank for activations and logits."""
+    """Bytes set aside on each rank for everything but weights and KV."""
     pool: tuple[int, ...]
     """Bytes of each rank's KV pool."""
     device_blocks: tuple[int, int]
     """KV blocks of a replica."""
     host_blocks: int
     max_model_len: int
+    parts: tuple[Parts, ...]
+    """What the workspace of each rank is made of, in bytes by name."""
+
+    @property
+    def fullest(self) -> int:
+        """The rank that takes most."""
+        whole = [sum(taken) for taken in zip(self.weights, self.workspace, self.pool, strict=True)]
+        return whole.index(max(whole))
+
+    def components(self, rank: int) -> Parts:
+        """All that a rank takes: weights, KV pool, and the parts of its workspace."""
+        return (("weights", self.weights[rank]), ("KV pool", self.pool[rank]), *self.parts[rank])
+
+    def describe(self, rank: int) -> str:
+        """`components` in words, the largest first."""
+        ordered = sorted(self.components(rank), key=lambda part: -part[1])
+        return ", ".join(f"{format_bytes(size)} {name}" for name, size in ordered)
 
 
 def plan_memory(
@@ -56,19 +81,19 @@ def plan_memory(
 
     Raises `MemoryBudgetError` with the arithmetic if the weights, or one sequence's KV, do not fit.
     """
-    ranks, books = demands(model, shardings), Books(model, dtype, budget)
+    layouts = shardings[0].layout, shardings[1].layout
+    ranks, books = demands(model, shardings), Books(model, dtype, budget, layouts)
     modes = _modes(budget, reshards=shardings[0] != shardings[1])
-    room = {mode: books.blocks(ranks, mode) for mode in modes}
+    room = books.room(ranks, modes)
     fitting = _fitting(books, room)
     if not fitting:
-        layouts = [sharding.layout for sharding in shardings]
         raise MemoryBudgetError(books.refusal(ranks, layouts, modes[-1]))
     mode = _least_moving(fitting)
-    blocks = fitting[mode]
+    blocks, parts = fitting[mode], tuple(books.parts(rank, mode) for rank in ranks)
     return MemoryPlan(
         mode=mode,
         weights=tuple(rank.peaks[MODES.index(mode)] for rank in ranks),
-        workspace=tuple(map(books.workspace, ranks)),
+        workspace=tuple(sum(size for _, size in of_rank) for of_rank in parts),
         pool=tuple(
             max(count * size for count, size in zip(blocks, books.block_bytes(rank), strict=True))
             for rank in ranks
@@ -76,6 +101,7 @@ def plan_memory(
         device_blocks=blocks,
         host_blocks=books.host_blocks,
         max_model_len=books.longest(room[mode]),
+        parts=parts,
     )
 
 
@@ -97,12 +123,12 @@ def estimate_memory(
     differ. Raises `LayoutError`.
     """
     separate = prefill != decode if separate is None else separate
-    books = Books(model, dtype, limits.budget(prefill, separate=separate))
+    books = Books(model, dtype, limits.budget(prefill, separate=separate), (prefill, decode))
     modes = _modes(books.budget, reshards=prefill != decode)
     if prefill.tp == decode.tp or prefill.world <= EXACT_RANKS:
         plan = Plan(prefill, decode, separate=True)
         ranks = distinct_demands(model, plan_shardings(model, plan, limits.stages))
-        fitting = _fitting(books, {mode: books.blocks(ranks, mode) for mode in modes})
+        fitting = _fitting(books, books.room(ranks, modes))
         return (
             fitting[_least_moving(fitting)] if fitting else books.refusal(ranks, (prefill, decode), modes[-1])
         )
@@ -114,7 +140,7 @@ def estimate_memory(
 
 def _estimate_between(books: Books, between: Bounds, modes: Sequence[Mode]) -> Pair | None:
     """No more than what `plan_memory` finds, which lies between the bounds."""
-    fitting = _fitting(books, {mode: books.blocks((between.most,), mode) for mode in modes})
+    fitting = _fitting(books, books.room((between.most,), modes))
     if not fitting:
         return None
     mode = _least_moving(fitting)

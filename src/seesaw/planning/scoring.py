@@ -11,6 +11,7 @@ from typing import Literal
 from seesaw.core.errors import LayoutError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout, Plan
+from seesaw.planning.device_costs import HOST, DeviceCosts
 from seesaw.planning.estimate import Estimate, Room, Traffic, static, two_phases
 from seesaw.planning.memory import TransitionMode, estimate_memory
 from seesaw.planning.pace import Pace
@@ -55,6 +56,8 @@ class SearchOptions:
     block_size: int = 16
     transition: TransitionMode | None = None
     overlap: bool = True
+    costs: DeviceCosts = HOST
+    """What the devices take of their memory beside the model."""
     replays: int = 3
     """Plans to replay, the best of one layout always among them."""
     replayed_tokens: int = 200_000
@@ -105,6 +108,7 @@ class Scorer:
             max_model_len=options.max_model_len or self._of.longest,
             transition=options.transition,
             overlap=options.overlap,
+            costs=options.costs,
         )
 
     # ---- closed form --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import cast
 
 from seesaw.core.layout import Layout, Plan
 from seesaw.core.model_spec import DType, ModelSpec
+from seesaw.planning.device_costs import HOST, DeviceCosts
 from seesaw.planning.memory import MemoryBudget, MemoryPlan, TransitionMode, plan_memory
 from seesaw.planning.shapes import PlannedModel
 from seesaw.planning.shardings import Stages, plan_shardings
@@ -42,6 +43,8 @@ class Limits:
     transition: TransitionMode | None = None
     overlap: bool = True
     seed: int = 0
+    costs: DeviceCosts = HOST
+    """What the devices take of their memory beside the model."""
 
     def budget(self, prefill: Layout, *, separate: bool) -> MemoryBudget:
         """What the memory of a plan with this prefill layout is worked out by."""
@@ -54,6 +57,7 @@ class Limits:
             max_model_len=self.max_model_len,
             two_phases=separate,
             mode=self.transition,
+            costs=self.costs,
         )
 
 

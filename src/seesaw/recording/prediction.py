@@ -54,6 +54,7 @@ def predict(run: Run) -> Prediction | str:
 def _replay(run: Run, setup: RunSetup, sequences: int) -> Prediction:
     import numpy as np
 
+    from seesaw.planning.device_costs import costs_of
     from seesaw.planning.scoring import SearchOptions
     from seesaw.planning.search import search
     from seesaw.planning.shapes import stored_as
@@ -74,6 +75,7 @@ def _replay(run: Run, setup: RunSetup, sequences: int) -> Prediction:
         block_size=setup.block_size,
         transition=setup.transition if setup.transition != "auto" else None,  # type: ignore[arg-type]
         overlap=setup.overlap,
+        costs=costs_of(setup.hardware.device),
         replays=1,
         replayed_tokens=_REPLAYED_TOKENS,
     )

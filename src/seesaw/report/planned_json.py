@@ -99,6 +99,9 @@ class MemoryEntry(msgspec.Struct, kw_only=True):
     weights: list[int]
     """The most that a rank holds at any time, transitions included."""
     workspace: list[int]
+    """Everything but weights and KV."""
+    parts: list[dict[str, int]]
+    """What the workspace is made of."""
     pool: list[int]
     """The KV pool."""
     device_blocks: tuple[int, int]
@@ -391,7 +394,15 @@ def settings_entry(limits: Limits, setup: Setup | None) -> SettingsEntry:
 
 def memory_entry(setup: Setup) -> MemoryEntry:
     """What each rank and the host hold."""
-    return msgspec.convert(setup.memory, MemoryEntry, from_attributes=True)
+    memory = setup.memory
+    return MemoryEntry(
+        weights=list(memory.weights),
+        workspace=list(memory.workspace),
+        parts=[dict(of_rank) for of_rank in memory.parts],
+        pool=list(memory.pool),
+        device_blocks=memory.device_blocks,
+        host_blocks=memory.host_blocks,
+    )
 
 
 def replay_entry(done: Simulated) -> ReplayEntry:

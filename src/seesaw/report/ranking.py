@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seesaw.report.causes import Job, bound_by, difference, limits, time_text
+from seesaw.report.replays import memory_text
 from seesaw.report.text import (
     NONE,
     Column,
@@ -215,7 +216,10 @@ def explanation(ranking: Ranking) -> list[RenderableType]:
     """What limits the winner, where it gains on the best static plan, and the bound."""
     winner, *others = compared(ranking)
     gains = [difference(winner, other) for other in others]
+    setup = ranking.best.setup
+    assert setup is not None, "the best plan was replayed"
     return [
+        line("memory", memory_text(setup.memory)),
         line("limits", limits(winner)),
         *(line("gain", gain) for gain in gains if gain),
         line("bound", bound_text(ranking)),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from seesaw.planning.bound import Bound
+    from seesaw.planning.memory import MemoryPlan
     from seesaw.planning.setup import Limits, Setup
     from seesaw.planning.twin import Latency, Simulated
 
@@ -78,15 +79,16 @@ def settings(setup: Setup) -> list[RenderableType]:
     )
     if setup.plan.reshards:
         plan += f", weights change over by {memory.mode}"
-    weights, workspace, pool = (max(part) for part in (memory.weights, memory.workspace, memory.pool))
-    ranks = (
-        f"on the fullest rank {format_bytes(weights)} of weights, {format_bytes(workspace)} of workspace, "
-        f"{format_bytes(pool)} of KV pool; sequences up to {memory.max_model_len:,} tokens"
-    )
+    ranks = f"{memory_text(memory)}; sequences up to {memory.max_model_len:,} tokens"
     tokens = memory.host_blocks * scheduler.block_size
     size = format_bytes(tokens * setup.model.kv_bytes_per_token())
     host = f"{size}, room for the KV of {tokens:,} tokens" if tokens else "none"
     return [line("plan", plan), line("memory", ranks), line("buffer", host)]
+
+
+def memory_text(memory: MemoryPlan) -> str:
+    """All that the fullest rank takes."""
+    return f"on the fullest rank {memory.describe(memory.fullest)}"
 
 
 def result(job: Job) -> str:
