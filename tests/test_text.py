@@ -157,6 +157,36 @@ def test_encode_is_what_transformers_gives(kind: str, folders: dict[str, Path]) 
     assert tokenizer.vocab_size == len(reference)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_tokeniser_that_cuts_and_pads_does_neither_to_prompts(
+    split: bool, kind: str, folders: dict[str, Path]
+) -> None:
+    reference = AutoTokenizer.from_pretrained(folders[kind], split_special_tokens=split)
+    given = AutoTokenizer.from_pretrained(folders[kind], split_special_tokens=split)
+    given.backend_tokenizer.enable_truncation(4)
+    given.backend_tokenizer.enable_padding(length=64)
+    tokenizer = Tokenizer(given)
+    texts = [*LINES[:6], "", "a<eos>b"]
+    wanted = [reference(text)["input_ids"] for text in texts]
+    assert [tokenizer.encode(text) for text in texts] == wanted
+    assert tokenizer.encode_many(texts) == wanted
+    assert tokenizer.encode_many([]) == []
+
+
+def test_a_tokeniser_with_an_encoding_of_its_own_is_asked(folders: dict[str, Path]) -> None:
+    class Louder(PreTrainedTokenizerFast):  # type: ignore[misc]
+        def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            louder = text.upper() if isinstance(text, str) else [each.upper() for each in text]
+            return super()._encode_plus(louder, *args, **kwargs)
+
+        _batch_encode_plus = _encode_plus
+
+    plain = _BUILT["byte-level"]
+    tokenizer = Tokenizer(Louder.from_pretrained(folders["byte-level"]))
+    assert tokenizer.encode("loud") == plain.encode("LOUD") != plain.encode("loud")
+    assert tokenizer.encode_many(["loud", "louder"]) == plain.encode_many(["LOUD", "LOUDER"])
+
+
 def test_chat_applies_the_template_once_with_one_bos(kind: str, folders: dict[str, Path]) -> None:
     reference = AutoTokenizer.from_pretrained(folders[kind])
     tokenizer = _BUILT[kind]

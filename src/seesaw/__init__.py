@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from seesaw.core.errors import SeesawError
-from seesaw.core.request import CompletionOutput, Request, RequestOutput
 from seesaw.core.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from seesaw.core.request import CompletionOutput, Request, RequestOutput
     from seesaw.llm import LLM
 
 __version__ = "0.1.0.dev0"
@@ -23,11 +24,16 @@ __all__ = [
     "__version__",
 ]
 
+_LATER = {
+    "LLM": "seesaw.llm",
+    "CompletionOutput": "seesaw.core.request",
+    "Request": "seesaw.core.request",
+    "RequestOutput": "seesaw.core.request",
+}
+"""Imported when they are first asked for: `LLM` brings torch, which takes a second or two, the others msgspec."""
+
 
 def __getattr__(name: str) -> Any:
-    """`LLM` is imported when it is first asked for: it brings torch, which takes a second or two."""
-    if name == "LLM":
-        from seesaw.llm import LLM
-
-        return LLM
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'seesaw' has no attribute {name!r}")

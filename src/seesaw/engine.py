@@ -185,9 +185,9 @@ class Engine:
                 self._texts[sequence.id] = TextState(self._tokenizer, request.sampling)
 
     def _check(self, request: Request) -> None:
-        vocab = self._deployment.spec.vocab
-        outside = next((t for t in request.prompt_token_ids if not 0 <= t < vocab), None)
-        if outside is not None:
+        vocab, prompt = self._deployment.spec.vocab, request.prompt_token_ids
+        if prompt and not 0 <= min(prompt) <= max(prompt) < vocab:
+            outside = next(token for token in prompt if not 0 <= token < vocab)
             raise RequestError(
                 f"prompt token {outside} is outside the vocabulary of {vocab}",
                 code="invalid_token",

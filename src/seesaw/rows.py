@@ -18,9 +18,13 @@ class Rows(Iterator[Request]):
         self._exhausted = False
 
     def __next__(self) -> Request:
-        if not self._ahead and not self._pull():
-            raise StopIteration
-        return self._ahead.popleft()
+        if self._ahead:
+            return self._ahead.popleft()
+        if not self._exhausted:
+            for request in self._source:
+                return request
+            self._exhausted = True
+        raise StopIteration
 
     def look_ahead(self, count: int) -> Sequence[Request]:
         """The next requests, `count` of them if the source has as many. They are still to be taken."""
@@ -42,12 +46,11 @@ class Rows(Iterator[Request]):
         return None if hint < 0 else len(self._ahead) + hint
 
     def _pull(self) -> bool:
-        if self._exhausted:
-            return False
-        for request in self._source:
-            self._ahead.append(request)
-            return True
-        self._exhausted = True
+        if not self._exhausted:
+            for request in self._source:
+                self._ahead.append(request)
+                return True
+            self._exhausted = True
         return False
 
 

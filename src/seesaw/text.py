@@ -31,6 +31,7 @@ class Tokenizer:
         self.name = name
         """What `load` was called with; None of one that was made otherwise."""
         self._decode = _decoding(tokenizer)
+        self._encode = _encoding(tokenizer)
 
     @classmethod
     def load(cls, path_or_name: str | PathLike[str]) -> Tokenizer:
@@ -72,14 +73,14 @@ class Tokenizer:
                 f"prompt: expected text, found {type(text).__name__}", code="invalid_prompt", param="prompt"
             )
         _check_encodable(text, what="prompt", code="invalid_prompt", param="prompt")
-        ids = self._tokenizer(text, verbose=False)["input_ids"]
-        return list(ids)
+        (ids,) = self._encode([text])
+        return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in less time. Raises as it does, not saying for which text."""
         for text in texts:
             _check_encodable(text, what="prompt", code="invalid_prompt", param="prompt")
-        return [list(ids) for ids in self._tokenizer(list(texts), verbose=False)["input_ids"]]
+        return self._encode(list(texts))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
         """Token ids of a conversation under the tokeniser's chat template, ready for the assistant's answer.
@@ -108,6 +109,39 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a completion. Spaces before punctuation stay as the model wrote them."""
         return self._decode(list(ids), skip_special_tokens)
+
+
+_CALLED = (
+    *("__call__", "_call_one", "encode_plus", "_encode_plus", "batch_encode_plus", "_batch_encode_plus"),
+    *("_switch_to_input_mode", "set_truncation_and_padding"),
+)
+"""Methods through which text goes on its way to the Rust tokeniser, in the releases of transformers there are."""
+
+
+def _encoding(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
+    """The function that makes token ids of texts.
+
+    Where transformers would only hand the texts on to the Rust tokeniser, they go there directly: what it does
+    around that takes several times as long for a short text.
+    """
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind = type(tokenizer)
+    if not issubclass(kind, Fast) or any(
+        getattr(kind, name, None) is not getattr(Fast, name, None) for name in _CALLED
+    ):
+        return lambda texts: [list(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    rust = cast("Fast", tokenizer).backend_tokenizer
+    rust.no_truncation()
+    rust.no_padding()
+    rust.encode_special_tokens = tokenizer.split_special_tokens
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        if len(texts) == 1:  # there is nothing to do side by side
+            return [rust.encode(texts[0]).ids]
+        return [encoding.ids for encoding in rust.encode_batch_fast(texts)]
+
+    return encode
 
 
 def _decoding(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int], bool], str]:

@@ -195,8 +195,61 @@ def test_id_index_is_small_and_right_when_large() -> None:
         assert index.add(f"a rather long identifier of row {i:060d}", i + 1) is None
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert size < 80 * 30_000
+    assert size < 30 * 30_000
     assert index.add(f"a rather long identifier of row {17_777:060d}", 1) == 17_778
+
+
+def test_a_duplicate_is_told_where_it_was_in_whichever_input() -> None:
+    maker = RowMaker(["a", "b", "c"])
+    inputs = [b'\n{"id": "x"}\n\n{"id": "y"}\n', b"", b'{"id": "z"}\n{"id": "y"}\n\n{"id": "x"}\n{"id": "z"}']
+    found = [list(maker.rows("line", json_records(io.BytesIO(data)))) for data in inputs]
+    assert [row.id for row in found[0]] == ["x", "y"]
+    assert found[1] == []
+    assert [row.message for row in found[2] if isinstance(row, RowFailure)] == [
+        "c: line 2: the id 'y' was used on line 4 of a already; ids must be unique",
+        "c: line 4: the id 'x' was used on line 2 of a already; ids must be unique",
+        "c: line 5: the id 'z' was used on line 1 already; ids must be unique",
+    ]
+
+
+def test_a_position_may_be_beyond_32_bits() -> None:
+    index, far = IdIndex(), (1 << 40) - 1
+    assert index.add("a", far) is None
+    assert index.add("a", 1) == far
+
+
+@pytest.mark.parametrize("value", [True, 1.5, "1", None, [1]])
+def test_settings_that_are_equal_in_python_are_told_apart(value: object) -> None:
+    def outcome(maker: RequestMaker) -> object:
+        body = {"prompt": "a", "max_tokens": value}
+        row = Row(number=1, place="", digest=0, id="a", endpoint=Endpoint.COMPLETIONS, body=body, plain=True)
+        try:
+            return maker.make(row)
+        except RequestError as error:
+            return str(error)
+
+    def fresh() -> RequestMaker:
+        return RequestMaker(ByteTokenizer(), 100, ModelNames("m", None))
+
+    maker = fresh()
+    for known in (1, 1.0):
+        body = {"prompt": "a", "max_tokens": known}
+        maker.make(Row(number=1, place="", digest=0, id="b", endpoint=Endpoint.COMPLETIONS, body=body))
+    assert outcome(maker) == outcome(maker) == outcome(fresh())
+
+
+def test_a_model_name_is_checked_in_every_row() -> None:
+    maker = RequestMaker(ByteTokenizer(), 100, ModelNames("m", None))
+
+    def make(model: str) -> None:
+        body = {"prompt": "a", "model": model}
+        maker.make(Row(number=1, place="", digest=0, id="a", endpoint=Endpoint.COMPLETIONS, body=body))
+
+    for model in ("m", "alias", "m", "alias"):
+        make(model)
+    for _ in range(2):
+        with pytest.raises(RequestError, match="this job runs 'alias', 'm'"):
+            make("other")
 
 
 @pytest.mark.parametrize(("data", "lines"), [(b"", 0), (b"a", 1), (b"a\n", 1), (b"a\n\nb", 3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -15,12 +16,16 @@ import pytest
 
 from seesaw.core.errors import EngineError, JobError, WorkerError
 from seesaw.core.request import Request, RequestOutput
+from seesaw.jobs import runner
 from seesaw.jobs.base import JobOptions, JobProgress
+from seesaw.jobs.encoding.pool import Batch, EncoderPool
 from seesaw.jobs.files import check_files
 from seesaw.jobs.resume import open_job
 from seesaw.jobs.runner import run_job
+from seesaw.text import Tokenizer
 from tests.jobs.contract import read
 from tests.jobs.echo_engine import WINDOW, EchoEngine
+from tests.test_text import save
 
 BAD = b'{"id": "bad", "prompt": ""}\n'
 
@@ -180,6 +185,84 @@ def test_memory_of_rows_in_flight_is_bounded(job: JobOptions) -> None:
     engine = EchoEngine()
     run_job(engine, job)
     assert engine.held <= WINDOW
+
+
+def test_prompts_of_a_long_job_go_through_the_encoder_processes(
+    job: JobOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "tokeniser", "byte-level")
+    tokenizer = Tokenizer.load(tmp_path / "tokeniser")
+    sent: list[str] = []
+    start, submit = EncoderPool.start, EncoderPool.submit
+
+    def start_and_wait(pool: EncoderPool) -> None:
+        start(pool)
+        while not pool.ready:
+            pool.pump(None)
+
+    def submit_and_note(pool: EncoderPool, batch: Batch) -> None:
+        sent.extend(slot.row.id for slot in batch.of)
+        submit(pool, batch)
+
+    monkeypatch.setattr(runner, "POOL_FROM_ROWS", 10)
+    monkeypatch.setattr(EncoderPool, "start", start_and_wait)
+    monkeypatch.setattr(EncoderPool, "submit", submit_and_note)
+    job.input.write_bytes(good(60) + BAD)
+    engine = EchoEngine()
+    monkeypatch.setattr(engine, "tokenizer", tokenizer)
+    summary = run_job(engine, job)
+    assert (summary.rows_answered, summary.rows_failed) == (60, 1)
+    assert sent == [f"r{i}" for i in range(60 - len(sent), 60)]
+    assert len(sent) == 60 - 10  # the row that starts the pool is the tenth, and is made here
+    assert [r.id for r in engine.requests] == [f"r{i}" for i in range(60)]
+    assert [r.prompt_token_ids for r in engine.requests] == [
+        tuple(tokenizer.encode(f"p{i}")) for i in range(60)
+    ]
+
+
+def test_the_collector_is_as_it_was_after_a_job(job: JobOptions) -> None:
+    class Curious(EchoEngine):
+        frozen = 0
+
+        def run(self, requests: Iterator[Request], /) -> Iterator[RequestOutput]:
+            self.frozen = gc.get_freeze_count()
+            yield from super().run(requests)
+
+    before = gc.get_threshold()
+    engine = Curious()
+    run_job(engine, job)
+    assert engine.frozen > 1000
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        run_job(EchoEngine(), replace(job, force=True))
+        assert gc.get_freeze_count() == pytest.approx(frozen, rel=0.1)
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        b'{"id": "r%d", "prompt": "a"}',
+        b'{"id": "r%d", "prompt": ""}',
+        b'{"id": "r%d", "prompt": "a", "nonsense": 1}',
+        b'{"id": "r%d", "messages": [{"a": 1}]}',
+        b'{"id": "r%d", "prompt": "' + b"x" * 300 + b'"}',
+        b'{"id": "r%d", ',
+        b'{"id": "r1", "prompt": "%d"}',
+    ],
+)
+def test_rows_go_without_the_garbage_collector(row: bytes, job: JobOptions) -> None:
+    job.input.write_bytes(b"".join(row % i + b"\n" for i in range(500)))
+    gc.collect()
+    gc.disable()
+    try:
+        run_job(EchoEngine(), job)
+        assert gc.collect() < 400
+    finally:
+        gc.enable()
 
 
 def test_two_jobs_cannot_write_one_file(job: JobOptions) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from seesaw.core.errors import RequestError
 from seesaw.core.sampling import SamplingParams
@@ -11,8 +12,7 @@ from seesaw.core.sampling import SamplingParams
 FinishReason = Literal["stop", "length", "abort"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A prompt and its sampling parameters.
 
     `id` names the request in outputs and, with the engine's seed, keys its sampling noise: the same id gives
@@ -25,8 +25,7 @@ class Request:
     prompt: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     """Log-probability of a token (natural logarithm) and its rank in the vocabulary, 1 being most likely."""
 
     logprob: float
@@ -34,8 +33,7 @@ class TokenLogprob:
     text: str | None = None
 
 
-@dataclass(slots=True, kw_only=True)
-class CompletionOutput:
+class CompletionOutput(msgspec.Struct, kw_only=True, gc=False):
     """One of the `n` completions of a request.
 
     `logprobs[i]` maps token ids to their log-probabilities at position i: the chosen token first, then the
@@ -50,14 +48,13 @@ class CompletionOutput:
     logprobs: list[dict[int, TokenLogprob]] | None = None
 
 
-@dataclass(slots=True, kw_only=True)
-class RequestOutput:
+class RequestOutput(msgspec.Struct, kw_only=True):
     """What became of a request: its completions, or the error that refused it (then `outputs` is empty)."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
-    outputs: list[CompletionOutput] = field(default_factory=list)
+    outputs: list[CompletionOutput] = []
     error: RequestError | None = None
 
     @property

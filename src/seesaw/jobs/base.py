@@ -8,6 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from seesaw.core.errors import JobError
 from seesaw.core.request import Request, RequestOutput
 from seesaw.core.stats import EngineStats
@@ -61,9 +63,11 @@ class Endpoint(Enum):
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
 
+    __hash__ = object.__hash__
+    """Of the member itself: an enum's own looks its name up each time."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A line that has the outer shape of a request. `body` is as it stands in the file, unchecked."""
 
     number: int
@@ -78,12 +82,11 @@ class Row:
     body: dict[str, Any]
     plain: bool = False
     """Whether it is a plain line, or of a table, rather than a line in OpenAI's Batch format."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = {}
     """What passes through to the row's line of the output: JSON-able, by column."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowFailure:
+class RowFailure(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A row that gets an error line. `message` names its place; `code` is stable and machine-readable."""
 
     number: int
@@ -96,7 +99,7 @@ class RowFailure:
     param: str | None = None
     status: int | None = None
     """HTTP status if the line was a request; None if it never became one (malformed, duplicate, …)."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = {}
     """As of `Row`; empty where the row could not be read."""
 
 

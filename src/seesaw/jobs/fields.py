@@ -79,10 +79,8 @@ _TEMPLATE_RESERVED = frozenset(
 
 @dataclass(slots=True)
 class BodyFields:
-    """A body, checked as far as it can be without the model."""
+    """What a body asks for beside its prompt, checked as far as it can be without the model."""
 
-    content: dict[str, Any] = field(default_factory=dict)
-    """`prompt`, `prompt_token_ids` or `messages`, as they stand in the body."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Arguments of `SamplingParams`; fields that the body does not set are left out."""
     template: dict[str, Any] = field(default_factory=dict)
@@ -90,19 +88,23 @@ class BodyFields:
     model: str | None = None
 
 
-def read_fields(endpoint: Endpoint, body: dict[str, Any], *, plain: bool = False) -> BodyFields:
-    """Sort the fields of a body. Raises `RequestError` naming the field that cannot be served."""
+def settings_of(endpoint: Endpoint, body: dict[str, Any], *, plain: bool = False) -> dict[str, Any]:
+    """The fields of a body but for its prompt and those that have no effect: what `read_fields` reads."""
+    apart = _APART[endpoint, plain]
+    return {name: value for name, value in body.items() if name not in apart}
+
+
+def read_fields(endpoint: Endpoint, settings: dict[str, Any], *, plain: bool = False) -> BodyFields:
+    """Sort what `settings_of` a body gives. Raises `RequestError` naming the field that cannot be served."""
     fields = BodyFields()
     readers = _READERS[endpoint]
-    for name, value in body.items():
+    for name, value in settings.items():
         if name in readers:
             if value is not None:
                 readers[name](fields, name, value)
         elif name in _UNSUPPORTED:
             _check_unsupported(name, value)
-        elif name == "prompt_token_ids" and plain and endpoint is Endpoint.COMPLETIONS:
-            fields.content[name] = value
-        elif name not in _NO_EFFECT:
+        else:
             raise _unknown(endpoint, name, plain)
     if endpoint is Endpoint.CHAT:
         _join_chat_logprobs(fields)
@@ -115,7 +117,7 @@ def parameter_names() -> frozenset[str]:
     The model is not among them, nor a name that a table is more likely to use for data of its own.
     """
     known = {*_READERS[Endpoint.CHAT], *_READERS[Endpoint.COMPLETIONS], *_UNSUPPORTED}
-    return frozenset(known - {"prompt", "messages", "model", "documents", "audio", "suffix", "functions"})
+    return frozenset(known - {"model", "documents", "audio", "suffix", "functions"})
 
 
 def shown(value: object) -> str:
@@ -148,7 +150,7 @@ def _check_unsupported(name: str, value: object) -> None:
 
 
 def _unknown(endpoint: Endpoint, name: str, plain: bool) -> RequestError:
-    known = [*_READERS[endpoint], *_UNSUPPORTED, *_NO_EFFECT]
+    known = [*_CONTENT[endpoint], *_READERS[endpoint], *_UNSUPPORTED, *_NO_EFFECT]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     if plain and not hint:
@@ -215,10 +217,6 @@ def _sampled(read: Callable[[str, object], Any]) -> _Take:
     return take
 
 
-def _take_content(fields: BodyFields, name: str, value: object) -> None:
-    fields.content[name] = value
-
-
 def _take_model(fields: BodyFields, name: str, value: object) -> None:
     if not isinstance(value, str) or not value:
         raise bad_type(name, value, "the name of a model")
@@ -275,7 +273,6 @@ _SHARED: dict[str, _Take] = {
 _READERS: dict[Endpoint, dict[str, _Take]] = {
     Endpoint.CHAT: {
         **_SHARED,
-        "messages": _take_content,
         "max_completion_tokens": _take_max_tokens,
         "logprobs": _sampled(_bool),
         "top_logprobs": _sampled(_int),
@@ -283,5 +280,13 @@ _READERS: dict[Endpoint, dict[str, _Take]] = {
         "add_generation_prompt": _take_template_flag,
         "continue_final_message": _take_template_flag,
     },
-    Endpoint.COMPLETIONS: {**_SHARED, "prompt": _take_content, "logprobs": _sampled(_int)},
+    Endpoint.COMPLETIONS: {**_SHARED, "logprobs": _sampled(_int)},
 }
+_CONTENT = {Endpoint.CHAT: ("messages",), Endpoint.COMPLETIONS: ("prompt",)}
+"""Where the prompt stands."""
+_APART = {
+    (endpoint, plain): _NO_EFFECT.union(names, ("prompt_token_ids",) if plain and "prompt" in names else ())
+    for endpoint, names in _CONTENT.items()
+    for plain in (False, True)
+}
+"""By endpoint and whether a row is plain: fields that are no settings."""

@@ -5,8 +5,11 @@ A source of a format yields `Record`s; here each becomes exactly one `Row` or `R
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+import msgspec
 
 from seesaw.jobs.base import Endpoint, Row, RowFailure
 from seesaw.jobs.id_index import IdIndex
@@ -14,8 +17,6 @@ from seesaw.jobs.id_index import IdIndex
 Unit = Literal["line", "row"]
 """What an input is counted in: lines of a file, or rows of a table."""
 _SHOWN = 40
-_INPUT_SHIFT = 40
-"""Bits of a position in its input; above them stands the index of the input."""
 
 
 class RecordError(Exception):
@@ -29,17 +30,17 @@ class RecordError(Exception):
         """Said behind the place of the row, such as ` (line 7)`."""
 
 
-class Parsed(NamedTuple):
+class Parsed(msgspec.Struct, frozen=True, gc=False):
     """A record that has the outer shape of a request."""
 
     row_id: str | None
     endpoint: Endpoint
     body: dict[str, Any]
     plain: bool = True
-    extra: dict[str, Any] = {}  # noqa: RUF012  never changed
+    extra: dict[str, Any] = {}
 
 
-class Record(NamedTuple):
+class Record(msgspec.Struct, frozen=True):
     """One line or row of an input, as its format understands it."""
 
     number: int
@@ -57,6 +58,8 @@ class RowMaker:
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self._labels = labels
         self._units: list[Unit] = []
+        self._before: list[int] = []
+        """Lines or rows of the inputs that come before each input, all added up."""
         self._seen = IdIndex()
         self._rows = 0
         self.last = 0
@@ -68,15 +71,19 @@ class RowMaker:
         self._units.append(unit)
         label = self._labels[index] if self._labels else ""
         prefix, id_prefix = (f"{label}: ", f"{label}:") if label else ("", "")
+        before = self._before[-1] + self.last if index else 0
+        self._before.append(before)
         self.last = 0
-        for number, digest, content in records:
+        seen = self._seen.add
+        for record in records:
             self._rows += 1
-            self.last = number
-            place, invented = f"{prefix}{unit} {number}", f"{id_prefix}{unit}-{number}"
+            self.last = number = record.number
+            digest, content = record.digest, record.content
+            place = f"{prefix}{unit} {number}"
             error = content if isinstance(content, RecordError) else None
-            row_id = content.row_id or invented
+            row_id = content.row_id or f"{id_prefix}{unit}-{number}"
             if error is None or error.row_id is not None:
-                earlier = self._seen.add(row_id, index << _INPUT_SHIFT | number)
+                earlier = seen(row_id, before + number)
                 if earlier is not None:
                     error = self._duplicate(row_id, earlier, index)
             if error is None:
@@ -103,8 +110,8 @@ class RowMaker:
                 )
 
     def _duplicate(self, row_id: str, position: int, index: int) -> RecordError:
-        first, number = divmod(position, 1 << _INPUT_SHIFT)
-        unit = self._units[first]
+        first = bisect_left(self._before, position) - 1
+        unit, number = self._units[first], position - self._before[first]
         there = f"{'on line' if unit == 'line' else 'in row'} {number}"
         if first != index:
             there += f" of {self._labels[first]}"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from seesaw.core.errors import RequestError
 from seesaw.core.request import Request
 from seesaw.core.sampling import SamplingParams
 from seesaw.jobs.base import Encoder, Endpoint, Row
-from seesaw.jobs.fields import BodyFields, bad_type, bad_value, read_fields, shown
+from seesaw.jobs.fields import bad_type, bad_value, read_fields, settings_of, shown
 
 MODEL_NOT_FOUND = "model_not_found"
 INTERNAL_ERROR = "internal_error"
 _DEFAULT_MAX_TOKENS = 16
-_MOST_SAMPLINGS = 256
+_MOST_SETTINGS = 256
 
 
 class ModelNames:
@@ -47,8 +48,7 @@ class ModelNames:
         self._open = False
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(msgspec.Struct, frozen=True, gc=False):
     """A row whose fields are checked. Its prompt is known as tokens, or is still to be encoded."""
 
     id: str
@@ -57,7 +57,7 @@ class Draft:
     """The prompt, where it is text."""
     messages: list[Any] | None = None
     """The conversation, where the row is a chat."""
-    template: dict[str, Any] = field(default_factory=dict)
+    template: dict[str, Any] = {}
     """Arguments of the chat template."""
     tokens: tuple[int, ...] | None = None
     """The prompt, where the row gives token ids."""
@@ -86,12 +86,20 @@ def encode_item(encoder: Encoder, item: Any) -> list[int]:
         raise RequestError(f"the tokeniser failed on this row ({reason})", code=INTERNAL_ERROR) from error
 
 
+class _Settings(msgspec.Struct, frozen=True, gc=False):
+    """What a body asks for beside its prompt."""
+
+    sampling: SamplingParams
+    template: dict[str, Any]
+    model: str | None
+
+
 class RequestMaker:
     """Makes the requests of one job."""
 
     def __init__(self, encoder: Encoder | None, max_model_len: int, names: ModelNames) -> None:
         self._encoder, self._longest, self._names = encoder, max_model_len, names
-        self._sampling: dict[object, SamplingParams] = {}
+        self._settings: dict[object, _Settings] = {}
         """By what they are made of: most rows of a job have the same."""
 
     def make(self, row: Row) -> Request:
@@ -104,25 +112,19 @@ class RequestMaker:
 
         `max_tokens` is 16 where a completion does not set it, and what the context leaves for a chat.
         """
-        fields = read_fields(row.endpoint, row.body, plain=row.plain)
-        if fields.model is not None:
-            self._names.check(fields.model)
         # Sampling is checked before the prompt, whoever encodes that: a row has the same error either way.
-        chat = row.endpoint is Endpoint.CHAT
-        sampling = self._sampled(self._longest if chat else _DEFAULT_MAX_TOKENS, fields.sampling)
-        if chat:
-            return Draft(row.id, sampling, messages=_messages(fields.content), template=fields.template)
-        prompt = self._prompt(fields, row)
+        settings = self._known_settings(row)
+        if row.endpoint is Endpoint.CHAT:
+            return Draft(row.id, settings.sampling, messages=_messages(row.body), template=settings.template)
+        prompt = _prompt(row)
         if isinstance(prompt, str):
-            return Draft(row.id, sampling, text=prompt)
-        return Draft(row.id, sampling, tokens=tuple(prompt))
+            return Draft(row.id, settings.sampling, prompt)
+        return Draft(row.id, settings.sampling, tokens=tuple(prompt))
 
     def skip(self, row: Row) -> None:
         """Pass over a row that was done before: it still settles by which names the model is known."""
         with suppress(RequestError):
-            fields = read_fields(row.endpoint, row.body, plain=row.plain)
-            if fields.model is not None:
-                self._names.check(fields.model)
+            self._known_settings(row)
 
     def encode(self, draft: Draft) -> tuple[int, ...]:
         """The tokens of a prompt. Raises `RequestError`."""
@@ -131,29 +133,31 @@ class RequestMaker:
         encoder = self._need_encoder("prompt" if draft.messages is None else "messages")
         return tuple(encode_item(encoder, draft.item))
 
-    def _sampled(self, max_tokens: int, given: dict[str, Any]) -> SamplingParams:
-        key = (max_tokens, *given.items())
-        sampling = self._sampling.get(key)
-        if sampling is None:
-            if len(self._sampling) >= _MOST_SAMPLINGS:
-                self._sampling.clear()
-            sampling = self._sampling[key] = SamplingParams(**{"max_tokens": max_tokens, **given})
-        return sampling
+    def _known_settings(self, row: Row) -> _Settings:
+        """All of a body but its prompt, read once for all rows that say the same."""
+        given = settings_of(row.endpoint, row.body, plain=row.plain)
+        # 1, 1.0 and true are equal in Python, and not the same in a body.
+        key = (row.endpoint, row.plain, *given.items(), *map(type, given.values()))
+        try:
+            settings = self._settings.get(key)
+        except TypeError:  # lists and objects are no part of a key
+            return self._read_settings(row, given)
+        if settings is None:
+            settings = self._read_settings(row, given)
+            if len(self._settings) >= _MOST_SETTINGS:
+                self._settings.clear()
+            self._settings[key] = settings
+        elif settings.model is not None:
+            self._names.check(settings.model)
+        return settings
 
-    def _prompt(self, fields: BodyFields, row: Row) -> str | list[int]:
-        """The prompt of a completion: text or token ids."""
-        content = fields.content
-        if "prompt_token_ids" in content:
-            if "prompt" in content:
-                raise bad_value(
-                    "prompt_token_ids", content["prompt_token_ids"], "give it or prompt, not both"
-                )
-            return _token_ids("prompt_token_ids", content["prompt_token_ids"])
-        prompt = content.get("prompt")
-        if prompt is None:
-            wanted = "prompt, messages or prompt_token_ids" if row.plain else "prompt"
-            raise RequestError(f"{wanted} is missing", code="missing_required_parameter", param="prompt")
-        return _completed(prompt)
+    def _read_settings(self, row: Row, given: dict[str, Any]) -> _Settings:
+        fields = read_fields(row.endpoint, given, plain=row.plain)
+        if fields.model is not None:
+            self._names.check(fields.model)
+        default = self._longest if row.endpoint is Endpoint.CHAT else _DEFAULT_MAX_TOKENS
+        sampling = SamplingParams(**{"max_tokens": default, **fields.sampling})
+        return _Settings(sampling, fields.template, fields.model)
 
     def _need_encoder(self, param: str) -> Encoder:
         if self._encoder is None:
@@ -163,6 +167,20 @@ class RequestMaker:
                 param=param,
             )
         return self._encoder
+
+
+def _prompt(row: Row) -> str | list[int]:
+    """The prompt of a completion: text or token ids."""
+    prompt = row.body.get("prompt")
+    if "prompt_token_ids" in row.body:
+        ids = row.body["prompt_token_ids"]
+        if prompt is not None:
+            raise bad_value("prompt_token_ids", ids, "give it or prompt, not both")
+        return _token_ids("prompt_token_ids", ids)
+    if prompt is None:
+        wanted = "prompt, messages or prompt_token_ids" if row.plain else "prompt"
+        raise RequestError(f"{wanted} is missing", code="missing_required_parameter", param="prompt")
+    return _completed(prompt)
 
 
 def _completed(prompt: object) -> str | list[int]:

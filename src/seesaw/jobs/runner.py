@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
+
+import msgspec
 
 from seesaw.core.errors import EngineError, JobFilesError, RequestError
 from seesaw.core.request import Request, RequestOutput
@@ -39,6 +42,9 @@ _STATUS = {MODEL_NOT_FOUND: 404, INTERNAL_ERROR: 500}
 
 POOL_FROM_ROWS = 1000
 """From this row on prompts are tokenised by other processes, which take more than a second to come up."""
+
+_YOUNG_OBJECTS = 50_000
+"""More objects than the steps of a job make and end again: only then is it worth to look for garbage among them."""
 
 OnProgress = Callable[[JobProgress], None]
 
@@ -70,8 +76,27 @@ def run_opened(
     as it does when an error is raised; the next run goes on from there.
     Raises `JobError` for files that cannot be read or written, `EngineError` where the engine fails.
     """
-    with closing(open_rows(job.options)) as source:
+    with closing(open_rows(job.options)) as source, _settled_heap():
         return _Run(engine, job, source).execute(on_progress, window)
+
+
+@contextmanager
+def _settled_heap() -> Iterator[None]:
+    """Python looks for garbage less often, and among what is made meanwhile alone.
+
+    Rows in flight are many objects, and no garbage; what was loaded before them is far more, and stays.
+    """
+    first, *later = gc.get_threshold()
+    frozen = gc.get_freeze_count() > 0  # by the caller, who may not want it undone
+    gc.set_threshold(max(first, _YOUNG_OBJECTS) if first else 0, *later)
+    if not frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
+        gc.set_threshold(first, *later)
 
 
 def complete_summary(job: OpenJob, stats: EngineStats) -> JobSummary:
@@ -91,8 +116,7 @@ def complete_summary(job: OpenJob, stats: EngineStats) -> JobSummary:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
+class _Pending(msgspec.Struct, frozen=True, gc=False):
     """What is kept of a row while the engine has it: how to answer it."""
 
     number: int

@@ -17,7 +17,7 @@ LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot hold."""
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Token counts of a response; completion tokens are summed over choices."""
 
     prompt_tokens: int
@@ -25,7 +25,7 @@ class Usage(msgspec.Struct, frozen=True):
     total_tokens: int
 
 
-class CompletionLogprobs(msgspec.Struct, frozen=True):
+class CompletionLogprobs(msgspec.Struct, frozen=True, gc=False):
     """Parallel lists, one entry per token. Offsets are characters into the choice's text."""
 
     tokens: list[str]
@@ -34,46 +34,46 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
-class CompletionChoice(msgspec.Struct, frozen=True):
+class CompletionChoice(msgspec.Struct, frozen=True, gc=False):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
 
 
-class TopLogprob(msgspec.Struct, frozen=True):
+class TopLogprob(msgspec.Struct, frozen=True, gc=False):
     token: str
     logprob: float
     bytes: list[int] | None
     """UTF-8 of the token; None where the token is no whole character."""
 
 
-class ChatTokenLogprob(msgspec.Struct, frozen=True):
+class ChatTokenLogprob(msgspec.Struct, frozen=True, gc=False):
     token: str
     logprob: float
     bytes: list[int] | None
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(msgspec.Struct, frozen=True):
+class ChatLogprobs(msgspec.Struct, frozen=True, gc=False):
     content: list[ChatTokenLogprob]
     refusal: None = None
 
 
-class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
-class ChatChoice(msgspec.Struct, frozen=True):
+class ChatChoice(msgspec.Struct, frozen=True, gc=False):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
 
 
-class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -83,7 +83,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
 
 
-class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
+class TextCompletion(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
@@ -93,31 +93,31 @@ class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
 
 
-class ApiError(msgspec.Struct, frozen=True):
+class ApiError(msgspec.Struct, frozen=True, gc=False):
     message: str
     type: str
     param: str | None
     code: str
 
 
-class ErrorBody(msgspec.Struct, frozen=True):
+class ErrorBody(msgspec.Struct, frozen=True, gc=False):
     error: ApiError
 
 
-class BatchResponse(msgspec.Struct, frozen=True):
+class BatchResponse(msgspec.Struct, frozen=True, gc=False):
     status_code: int
     request_id: str
     body: ChatCompletion | TextCompletion | ErrorBody
 
 
-class BatchError(msgspec.Struct, frozen=True):
+class BatchError(msgspec.Struct, frozen=True, gc=False):
     """Why a line never became a request."""
 
     code: str
     message: str
 
 
-class BatchLine(msgspec.Struct, frozen=True):
+class BatchLine(msgspec.Struct, frozen=True, gc=False):
     """One line of an output or error file."""
 
     id: str
@@ -138,15 +138,22 @@ def response_body(
     """
     prompt = len(output.prompt_token_ids)
     completion = sum(len(choice.token_ids) for choice in output.outputs)
-    shared: dict[str, Any] = {
-        "created": created,
-        "model": model,
-        "usage": Usage(prompt, completion, prompt + completion),
-    }
+    usage = Usage(prompt, completion, prompt + completion)
     if endpoint is Endpoint.CHAT:
-        choices = [_chat(choice, top) for choice in output.outputs]
-        return ChatCompletion(id=f"chatcmpl-{serial}", choices=choices, **shared)
-    return TextCompletion(id=f"cmpl-{serial}", choices=[_completion(c) for c in output.outputs], **shared)
+        return ChatCompletion(
+            id=f"chatcmpl-{serial}",
+            created=created,
+            model=model,
+            choices=[_chat(choice, top) for choice in output.outputs],
+            usage=usage,
+        )
+    return TextCompletion(
+        id=f"cmpl-{serial}",
+        created=created,
+        model=model,
+        choices=[_completion(choice) for choice in output.outputs],
+        usage=usage,
+    )
 
 
 def _chat(output: CompletionOutput, top: int) -> ChatChoice:

@@ -7,8 +7,8 @@ import secrets
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
-from queue import Empty, Queue
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import msgspec
@@ -41,8 +41,7 @@ class SyncWindow:
     rows: int = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """The answer of a row. `top` is the number of alternatives its log-probabilities report."""
 
     number: int
@@ -50,7 +49,7 @@ class Answer:
     endpoint: Endpoint
     top: int
     output: RequestOutput
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = {}
     """What passes through from the row."""
 
 
@@ -114,7 +113,11 @@ class JobWriter:
     def __init__(self, store: LineStore, *, model: str, window: SyncWindow | None = None) -> None:
         self._store, self._window = store, window or SyncWindow()
         self._maker = LineMaker(model)
-        self._queue: Queue[Answer | RowFailure | None] = Queue(_QUEUED)
+        self._queue: SimpleQueue[Answer | RowFailure | None] = SimpleQueue()
+        """Bounded by `_wait_for_room`: a queue with a bound of its own takes several times as long for each row."""
+        self._room = threading.Condition()
+        self._waiting = False
+        """Whether someone waits for `_room`."""
         self._error: BaseException | None = None
         self._closed = False
         self._ended = False
@@ -142,6 +145,24 @@ class JobWriter:
     def _put(self, item: Answer | RowFailure) -> None:
         self._check()
         self._queue.put(item)
+        if self._queue.qsize() > _QUEUED:
+            self._wait_for_room()
+
+    def _wait_for_room(self) -> None:
+        with self._room:
+            # The thread looks at `_waiting` behind each of the rows that are still to be taken until there is room.
+            while self._queue.qsize() > _QUEUED // 2:
+                self._waiting = True
+                self._room.wait()
+
+    def _next(self, timeout: float | None = None) -> Answer | RowFailure | None:
+        """What is queued next. Raises `Empty`."""
+        item = self._queue.get(timeout=timeout)
+        if self._waiting and self._queue.qsize() <= _QUEUED // 2:
+            with self._room:
+                self._waiting = False
+                self._room.notify_all()
+        return item
 
     def _check(self) -> None:
         if self._error is not None:
@@ -172,7 +193,7 @@ class JobWriter:
         window, rows, due = self._window, 0, None
         while rows < window.rows and self._store.waiting < window.bytes:
             try:
-                item = self._queue.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+                item = self._next(None if due is None else max(0.0, due - time.monotonic()))
             except Empty:
                 return True
             if item is None:
@@ -195,4 +216,4 @@ class JobWriter:
     def _drain(self) -> None:
         """Let those go on who wait for room in the queue, until the end."""
         while not self._ended:
-            self._ended = self._queue.get() is None
+            self._ended = self._next() is None

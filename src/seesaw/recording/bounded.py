@@ -99,7 +99,7 @@ class Lengths:
         self._seen += 1
         if len(self.sample) < self._most:
             self.sample.append((prompt, output))
-        elif (place := self._random.randrange(self._seen)) < self._most:
+        elif (place := int(self._random.random() * self._seen)) < self._most:
             self.sample[place] = (prompt, output)
 
 
@@ -116,7 +116,8 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
 def bucket(length: int) -> int:
     """The least length in the bucket of `length`: exact below 32, then sixteen buckets for each doubling."""
-    return length // bucket_width(length) * bucket_width(length)
+    width = bucket_width(length)
+    return length // width * width
 
 
 def bucket_width(length: int) -> int:

@@ -27,8 +27,7 @@ _MOST_DEATHS = 2
 """Encoders that a row may cost while it is alone in its batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
+class EncodedRow(msgspec.Struct, frozen=True, gc=False):
     """A row and its request."""
 
     row: Row
@@ -208,7 +207,7 @@ class EncodedRows(Iterator[Encoded]):
         try:
             slot.draft = self._maker.draft(row)
         except RequestError as error:
-            slot.outcome = RefusedRow(row, error)
+            slot.outcome = _refused(row, error)
         else:
             self._measure(slot, slot.draft)
         self._slots.append(slot)
@@ -235,7 +234,7 @@ class EncodedRows(Iterator[Encoded]):
         try:
             slot.outcome = EncodedRow(slot.row, slot.draft.request(self._maker.encode(slot.draft)))
         except RequestError as error:
-            slot.outcome = RefusedRow(slot.row, error)
+            slot.outcome = _refused(slot.row, error)
 
     # ---- encoders -----------------------------------------------------------------------------------------
 
@@ -297,6 +296,11 @@ def _finished(slot: _Slot) -> EncodedRow:
     assert slot.tokens is not None
     tokens = struct.unpack_from(f"={slot.count}i", slot.tokens, slot.start)
     return EncodedRow(slot.row, slot.draft.request(tokens))
+
+
+def _refused(row: Row, error: RequestError) -> RefusedRow:
+    """Without its traceback, whose frames hold what holds the error: rows are to go without the garbage collector."""
+    return RefusedRow(row, error.with_traceback(None))
 
 
 def _deadly(reason: str) -> RequestError:

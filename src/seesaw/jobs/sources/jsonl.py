@@ -21,8 +21,9 @@ from seesaw.jobs.sources.base import ColumnNames
 from seesaw.jobs.sources.columns import CONTENT_FIELDS, content_field
 from seesaw.jobs.sources.streams import InputStream
 
-_ENVELOPE = ("method", "url", "body")
+_ENVELOPE = frozenset(("method", "url", "body"))
 _BATCH_FIELDS = {"custom_id", *_ENVELOPE}
+_ID_FIELDS = ("custom_id", "id")
 _URLS = {endpoint.value: endpoint for endpoint in Endpoint}
 
 
@@ -100,10 +101,10 @@ def _malformed(line: bytes, number: int, reason: Exception) -> RecordError:
 
 
 def _parse(fields: dict[str, Any], names: ColumnNames) -> Parsed:
-    batch = any(name in fields for name in _ENVELOPE)
+    batch = not _ENVELOPE.isdisjoint(fields)
     row_id = _own_id(fields, batch, names.id)
     try:
-        extra = {name: fields[name] for name in names.keep if name in fields}
+        extra = {name: fields[name] for name in names.keep if name in fields} if names.keep else {}
         return _batch(row_id, fields, extra) if batch else _plain(row_id, fields, extra, names)
     except RecordError as error:
         error.row_id = row_id
@@ -118,16 +119,18 @@ def _own_id(fields: dict[str, Any], batch: bool, column: str | None) -> str | No
                 "missing_custom_id", "custom_id is missing; a Batch line must have one", "custom_id"
             )
         return text_id("custom_id", fields["custom_id"])
-    candidates = ("custom_id", "id") if column is None else (column,)
-    given = [(name, fields[name]) for name in candidates if fields.get(name) is not None]
-    if not given:
-        return None
-    ids = [text_id(name, str(v) if type(v) is int else v) for name, v in given]
-    if len(set(ids)) > 1:
-        raise RecordError(
-            "invalid_custom_id", f"custom_id {shown(ids[0])} and id {shown(ids[1])} differ; give one"
-        )
-    return ids[0]
+    found: str | None = None
+    for name in _ID_FIELDS if column is None else (column,):
+        value = fields.get(name)
+        if value is None:
+            continue
+        row_id = text_id(name, str(value) if type(value) is int else value)
+        if found is not None and found != row_id:
+            raise RecordError(
+                "invalid_custom_id", f"custom_id {shown(found)} and id {shown(row_id)} differ; give one"
+            )
+        found = row_id
+    return found
 
 
 def _batch(row_id: str | None, fields: dict[str, Any], extra: dict[str, Any]) -> Parsed:
@@ -154,13 +157,15 @@ def _batch(row_id: str | None, fields: dict[str, Any], extra: dict[str, Any]) ->
 
 
 def _plain(row_id: str | None, fields: dict[str, Any], extra: dict[str, Any], names: ColumnNames) -> Parsed:
-    taken = {"id", "custom_id"} if names.id is None else {names.id}
-    # A prompt that is kept is the prompt all the same; any other field that is kept is data.
-    data = extra if names.prompt is not None else extra.keys() - CONTENT_FIELDS
-    body = {name: value for name, value in fields.items() if name not in taken and name not in data}
-    if names.prompt is not None:
-        body.pop(names.prompt, None)
-        body = _with_prompt(names.prompt, fields.get(names.prompt), body)
+    """Takes out of `fields` what is no parameter."""
+    prompt = None if names.prompt is None else fields.pop(names.prompt, None)
+    for name in _ID_FIELDS if names.id is None else (names.id,):
+        fields.pop(name, None)
+    for name in extra:
+        # A prompt that is kept is the prompt all the same; any other field that is kept is data.
+        if names.prompt is not None or name not in CONTENT_FIELDS:
+            fields.pop(name, None)
+    body = fields if names.prompt is None else _with_prompt(names.prompt, prompt, fields)
     endpoint = Endpoint.CHAT if "messages" in body else Endpoint.COMPLETIONS
     return Parsed(row_id, endpoint, body, extra=extra)
 
