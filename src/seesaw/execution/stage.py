@@ -148,7 +148,9 @@ class Stage:
         local = self._decoder.logits(rows)
         if self._particular.isdisjoint(slots):
             tokens = self._choose_greedily(local)
-            return _none_chosen(len(slots), self._device.torch) if tokens is None else SampleResult(tokens, [])
+            return (
+                _none_chosen(len(slots), self._device.torch) if tokens is None else SampleResult(tokens, [])
+            )
         logits = self._group.gather_logits(local, self._vocab_widths)
         if self._sampler is None:
             return _none_chosen(len(slots), self._device.torch)
