@@ -42,8 +42,8 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 MAX_RUNNING = 256
 """Where nothing is said and nothing is searched for."""
 GPU_SHARE = 0.95
-"""Of a GPU's free memory that its ranks take, unless asked otherwise; the plan counts what CUDA takes of it. The rest is
-for what others do there, and for what drivers take beyond their documentation."""
+"""Of a GPU's free memory that its ranks take, unless asked otherwise; the plan counts what CUDA takes of it. The rest
+is for what others do there, and for what drivers take beyond their documentation."""
 GPU_HOST_KV = 32 << 30
 """Bytes of the host buffer for each rank on a GPU, at most, where a node has that much."""
 
@@ -111,6 +111,12 @@ class Deployment:
     """Where each rank runs."""
     measured: HardwareSpec | str
     """The node by its profile, or why there is none to go by."""
+
+    @property
+    def own_transport(self) -> Literal["nccl"] | None:
+        """What connects the ranks' devices without the host, which takes one rank to a device alone."""
+        devices = [place.device for place in self.places]
+        return device_kind(self.options.device).transport if len(set(devices)) == len(devices) else None
 
     @property
     def spec(self) -> ModelSpec:
@@ -194,12 +200,6 @@ def device_costs(options: Options) -> DeviceCosts:
     own = device_kind(options.device).transport
     talk = own is not None and options.ranks_per_gpu == 1 and options.transport in ("auto", own)
     return costs_of(options.device, collectives=talk)
-
-
-def own_transport(options: Options, places: Sequence[Place]) -> Literal["nccl"] | None:
-    """What connects the devices of ranks at these places without the host; it takes one rank to a device alone."""
-    devices = [place.device for place in places]
-    return device_kind(options.device).transport if len(set(devices)) == len(devices) else None
 
 
 def _with_costs(setup: Setup, measured: HardwareSpec | str) -> Setup:
@@ -385,8 +385,8 @@ def gpu_budget(options: Options, places: Sequence[Place], gpus: Sequence[Gpu]) -
     if asked * ranks > gpu.free:
         each = "" if ranks == 1 else f" for each of its {ranks} ranks"
         raise ConfigError(
-            f"device_memory {format_bytes(asked)}{each}: of {format_bytes(gpu.total)} on GPU {tightest} ({gpu.name}), "
-            f"{format_bytes(gpu.free)} are free; ask for at most {format_bytes(gpu.free // ranks)}"
+            f"device_memory {format_bytes(asked)}{each}: of {format_bytes(gpu.total)} on GPU {tightest} "
+            f"({gpu.name}), {format_bytes(gpu.free)} are free; ask for at most {format_bytes(gpu.free // ranks)}"
         )
     return asked
 

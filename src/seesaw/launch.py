@@ -11,7 +11,7 @@ from seesaw.core.actions import Action, Completion
 from seesaw.core.devices import device_kind
 from seesaw.core.errors import EngineError
 from seesaw.core.units import format_bytes
-from seesaw.deployment import Deployment, own_transport
+from seesaw.deployment import Deployment
 from seesaw.execution.local import LocalExecutor, OnEvents
 from seesaw.execution.messages import ShardingMessage, WorkerConfig
 from seesaw.kv.host_buffer import HostBuffer
@@ -125,7 +125,7 @@ def _transport(deployment: Deployment) -> tuple[str, int]:
     """The transport to use, and the descriptor of its shared memory (-1 for none)."""
     world = deployment.plan.world
     addresses = all(place.address for place in deployment.places)
-    own = own_transport(deployment.options, deployment.places)
+    own = deployment.own_transport
     kind = resolve_kind(deployment.options.transport, world=world, addresses=addresses, own=own)
     return kind, create_region(world) if kind == "shm" else -1
 

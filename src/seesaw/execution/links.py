@@ -1,4 +1,4 @@
-"""Who talks to whom: every group and every link that layouts can use, so that they can be made beforehand. No torch."""
+"""Who talks to whom: every group and every link of given layouts, so that they can be made beforehand. No torch."""
 
 from __future__ import annotations
 

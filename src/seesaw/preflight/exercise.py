@@ -24,7 +24,10 @@ def exercise(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> None:
-    """Carry out the rank's part of step `number` with data on `device`, by default on the host. Raises `WrongDataError`, or what the transport raises."""
+    """Carry out the rank's part of step `number` with data on `device`, by default on the host.
+
+    Raises `WrongDataError`, or what the transport raises.
+    """
     if step.operation in ("barrier", "broadcast") or (step.operation == "send" and step.channel):
         dtype = torch.int64  # as tokens are
     count = max(1, step.bytes // dtype.itemsize)

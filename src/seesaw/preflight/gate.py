@@ -70,8 +70,6 @@ def check_plan(deployment: Deployment) -> Deployment:
 
     Logs what may fail. Raises `ConfigError` for what must.
     """
-    from seesaw.deployment import own_transport  # which imports this module
-
     options = deployment.options
     if options.preflight != "off":
         settle(check_limits(needs_of(deployment), deployment.places, device=device_kind(options.device)))
@@ -84,6 +82,6 @@ def check_plan(deployment: Deployment) -> Deployment:
         transport=options.transport,
         dtype=deployment.dtype,
         device=options.device,
-        own=own_transport(options, deployment.places),
+        own=deployment.own_transport,
     )
     return replace(deployment, options=replace(options, transport=found.transport), places=found.places)

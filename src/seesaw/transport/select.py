@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Kind = Literal["single", "nccl", "shm", "tcp", "gloo"]
 
 KINDS = ("auto", "nccl", "shm", "tcp", "gloo")
-"""What may be asked for: GPUs among themselves, shared memory, sockets between networks, Gloo, or the best of them."""
+"""What may be asked for: GPUs among themselves, shared memory, sockets between networks, Gloo, or the best."""
 
 
 class SingleTransport:
@@ -65,7 +65,8 @@ def resolve_kind(kind: str, *, world: int, addresses: bool, own: Kind | None = N
 
     The control process asks first, since shared memory (`shm`) needs a region from it (`create_region`), and
     hands the answer to the ranks. `auto` is `own` if there is one, else sockets where ranks have addresses, else
-    shared memory, and Gloo without the native library. Raises `ConfigError` for kinds that do not exist or cannot be had.
+    shared memory, and Gloo without the native library. Raises `ConfigError` for kinds that do not exist, or
+    cannot be had.
     """
     if kind not in KINDS and kind != "single":
         raise ConfigError(f"transport: unknown kind {kind!r}; use one of {KINDS}")
@@ -90,7 +91,7 @@ def resolve_kind(kind: str, *, world: int, addresses: bool, own: Kind | None = N
 
 
 def staged_for(transport: Transport, kind: DeviceKind) -> Transport:
-    """`transport` as ranks on devices of this kind can use it: by way of the host where it takes host memory alone."""
+    """`transport` as ranks on such devices can use it: by way of the host where it takes host memory alone."""
     if kind.on_host or transport.name in ("single", kind.transport):
         return transport
     from seesaw.transport.staged import StagedTransport
@@ -123,8 +124,9 @@ def create_transport(
     `rendezvous` is a directory, new for this set of ranks and closed to other users, that may go when all are
     up. `groups` lists every group of ranks that collectives will name. `open_region` gives a descriptor of the
     region that the control process made, for `shm`: it is closed here. `address` is this rank's own IP address,
-    for `tcp`. `links` lists every (source, destination, channel) of messages, and `device` is this rank's own,
-    for `nccl`; the others take tensors in host memory. Raises `ConfigError`, or `StartupError` if other ranks are not there after `timeout` seconds.
+    for `tcp`. `links` lists every (source, destination, channel) of messages, and `device` is this rank's own, for
+    `nccl`; the others take tensors in host memory (`staged_for`). Raises `ConfigError`, or `StartupError` if other
+    ranks are not there after `timeout` seconds.
     """
     own: Kind | None = "nccl" if kind == "nccl" and device is not None else None
     match resolve_kind(kind, world=world, addresses=address is not None, own=own):
