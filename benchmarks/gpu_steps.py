@@ -3,12 +3,12 @@
     python benchmarks/gpu_steps.py                                # prints a Markdown record
     python benchmarks/gpu_steps.py --output benchmarks/results/   # writes it there, by date and GPU
 
-An 8B Llama with random bfloat16 weights, under plan T1 on the first visible GPU. Prefill: prompts of 2,048 tokens, its
-arithmetic over the rate of a large matrix product. Decode: 256 sequences of 960 tokens that get 128 more, so 1,024 on the
-mean; a step's weights and KV over the rate at which a large copy reads and writes. The step is what 128 more tokens take,
-by two runs, so prefill is no part of it. Host copies: KV blocks in random order over one large copy by the driver. With
---peer, the decode job also goes through transformers' continuous batching. On smaller GPUs decode takes the sequences
-that fit, and says so. Exit code 3 without a GPU.
+An 8B Llama with random bfloat16 weights, under plan T1 on the first visible GPU. Prefill: prompts of 2,048 tokens,
+its arithmetic over the rate of a large matrix product. Decode: 256 sequences of 960 tokens that get 128 more, so
+1,024 on the mean; a step's weights and KV over the rate at which a large copy reads and writes. The step is what 128
+more tokens take, by two runs, so prefill is no part of it. Host copies: KV blocks in random order over one large copy
+by the driver. With --peer, the decode job also goes through transformers' continuous batching. On smaller GPUs decode
+takes the sequences that fit, and says so. Exit code 3 without a GPU.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ def table(
         "| what | measured | rate | bound | share | goal |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         f"| prefill, {PREFILL_PROMPTS} prompts of {PREFILL_TOKENS:,} | {tokens / steps['prefill']:,.0f} tokens/s | "
-        f"{rate / 1e12:.1f} Tflop/s | {found['flops'] / 1e12:.1f} | {rate / found['flops']:.1%} | {GOALS['prefill']:.0%} |",
+        f"{rate / 1e12:.1f} Tflop/s | {found['flops'] / 1e12:.1f} | {rate / found['flops']:.1%} | "
+        f"{GOALS['prefill']:.0%} |",
         f"| decode, batch {sequences}, context {PROMPT + OUTPUT // 2:,} | {sequences / steps['step']:,.0f} tokens/s, "
         f"{steps['step'] * 1e3:.2f} ms a step | {moved / 1e9:.0f} GB/s | {found['bandwidth'] / 1e9:.0f} | "
         f"{moved / found['bandwidth']:.1%} | {GOALS['decode']:.0%} |",
