@@ -104,7 +104,6 @@ def bounds() -> dict[str, Any]:
     size = 8192
     a, b = (torch.randn(size, size, device="cuda").to(torch.bfloat16) for _ in range(2))
     product = seconds(lambda: torch.mm(a, b))
-    del a, b
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     copy = seconds(lambda: target.copy_(source))

@@ -206,6 +206,6 @@ assert "ulimit -v allows 1.50 GiB" in said and "ulimit -f allows 512.0 MiB" in s
 
 
 def test_what_ranks_hold_on_devices_is_no_memory_of_the_host() -> None:
-    small = machine(available=NEEDS.host_buffer + (1 << 30))
+    small = replace(AMPLE, available=NEEDS.host_buffer + GIB, limits={})
     assert any("memory" in f.what for f in limits.check_limits(NEEDS, [], machine=small))
     assert not any(f.severity == "error" for f in limits.check_limits(NEEDS, [], device=CUDA, machine=small))
