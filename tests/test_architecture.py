@@ -21,6 +21,19 @@ TORCH_FREE_MODULES = (
     "weights/stages.py",
 )
 
+MAY_ASK_THE_DEVICE = (
+    "device/",
+    "attention/",
+    "kv/",
+    "weights/",
+    "execution/",
+    "core/devices.py",
+    "ops/select.py",
+)
+"""Where devices may be told apart by name: what drives them, where kinds are defined, and what chooses by name. All
+others ask properties of `core.devices`."""
+DEVICE_NAMES = {"cpu", "cuda"}
+
 MAY_IMPORT = {
     "core": set(),
     "scheduling": {"core"},
@@ -37,7 +50,7 @@ MAY_IMPORT = {
     "recording": {"core", "planning", "models"},
     "report": {"core", "recording"},
     "jobs": {"core", "report", "text"},
-    "preflight": {"core", "models", "weights", "transport", "execution", "native"},
+    "preflight": {"core", "device", "models", "weights", "transport", "execution", "native"},
     "profiling": None,
     "bench": None,
     "cli": None,
@@ -81,6 +94,77 @@ def test_control_plane_never_imports_torch() -> None:
     code = "import sys\n" + "".join(f"import {name}\n" for name in sorted(names))
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def device_questions(tree: ast.AST) -> list[int]:
+    """Lines that tell devices apart by their names, or ask torch about them; assertions decide nothing, and may."""
+    found: list[int] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Assert):
+            continue
+        if _asks(node):
+            found.append(node.lineno)  # type: ignore[attr-defined]
+        found += device_questions(node)
+    return found
+
+
+def _asks(node: ast.AST) -> bool:
+    match node:
+        case ast.Compare(left=left, ops=operators, comparators=others):
+            collections = any(isinstance(o, (ast.In, ast.NotIn)) for o in operators)
+            return any(_names_a_device(part) for part in ([] if collections else [left]) + others)
+        case ast.MatchValue(value=value):
+            return _names_a_device(value)
+        case ast.Call(func=ast.Attribute(attr="startswith"), args=[first, *_]):
+            return _names_a_device(first)
+        case ast.Attribute(attr="is_cuda" | "is_cpu"):
+            return True
+        case ast.Attribute(value=ast.Name(id="torch"), attr="cuda"):
+            return True
+        case ast.Attribute(value=ast.Name(id=owner) | ast.Attribute(attr=owner), attr="type"):
+            return owner.strip("_") in ("device", "torch")
+        case ast.Attribute(value=ast.Call(func=ast.Attribute(attr="device")), attr="type"):
+            return True
+        case ast.Import(names=names):
+            return any(name.name.startswith("torch.cuda") for name in names)
+        case ast.ImportFrom(module=str(module)):
+            return module.startswith("torch.cuda")
+    return False
+
+
+def _names_a_device(node: ast.AST) -> bool:
+    if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+        return any(_names_a_device(element) for element in node.elts)
+    value = node.value if isinstance(node, ast.Constant) else None
+    return isinstance(value, str) and value.partition(":")[0] in DEVICE_NAMES
+
+
+def test_none_but_its_drivers_ask_which_device_it_is() -> None:
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith(MAY_ASK_THE_DEVICE):
+            lines = device_questions(ast.parse(path.read_text()))
+            assert not lines, f"{name} asks which device it is on, in lines {lines}; see core/devices.py"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if device == "cpu": pass',
+        'x = "cuda" != name',
+        'x = kind in ("cpu", "cuda")',
+        'x = name.startswith("cuda:")',
+        "x = tensor.is_cuda",
+        'x = tensor.device.type == "mps"',
+        "x = torch.device(name).type",
+        "torch.cuda.synchronize()",
+        "from torch.cuda import Stream",
+        'match name:\n    case "cuda": pass',
+    ],
+)
+def test_questions_about_the_device_are_found(code: str) -> None:
+    assert device_questions(ast.parse(code))
+    assert not device_questions(ast.parse('x = device_kind(name).on_host; y = "cpu" in controllers'))
 
 
 def test_importing_seesaw_is_light() -> None:

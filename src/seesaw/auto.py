@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from seesaw.core.errors import ConfigError
 from seesaw.core.hardware import HardwareSpec
-from seesaw.deployment import Deployment, redeploy, transition_mode
+from seesaw.deployment import Deployment, device_costs, redeploy, transition_mode
 from seesaw.scheduling.policies.phased import PhasedPolicy
 
 if TYPE_CHECKING:
@@ -218,7 +218,6 @@ class Auto:
 
     def _options(self, context: int) -> SearchOptions:
         """What the user fixed stays fixed."""
-        from seesaw.planning.device_costs import costs_of
         from seesaw.planning.search import SearchOptions
 
         deployment, options = self._fallback, self._fallback.options
@@ -232,7 +231,7 @@ class Auto:
             block_size=options.block_size,
             transition=transition_mode(options),
             overlap=options.overlap,
-            costs=costs_of(options.device),
+            costs=device_costs(options),
             replayed_tokens=_REPLAYED_TOKENS,
         )
 

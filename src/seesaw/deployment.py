@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+import msgspec
+
+from seesaw.core.devices import device_kind
 from seesaw.core.errors import ConfigError, LayoutError, ModelError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout, Plan
 from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec
 from seesaw.core.node import Place, load_node, places_on_cores
-from seesaw.core.units import parse_bytes
+from seesaw.core.units import format_bytes, parse_bytes
+from seesaw.device.gpus import Gpu, require_cuda_build, visible_gpus
 from seesaw.models.hf_config import load_spec
 from seesaw.planning.at_hand import nominal_turn_costs, profile_at_hand
-from seesaw.planning.device_costs import costs_of
+from seesaw.planning.device_costs import DeviceCosts, costs_of
 from seesaw.planning.memory import MemoryPlan, TransitionMode
 from seesaw.planning.setup import Limits, Setup, set_up
 from seesaw.planning.shapes import stored_as
@@ -35,6 +41,11 @@ logger = logging.getLogger(__name__)
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 MAX_RUNNING = 256
 """Where nothing is said and nothing is searched for."""
+GPU_SHARE = 0.95
+"""Of a GPU's free memory that its ranks take, unless asked otherwise; the plan counts what CUDA takes of it. The rest
+is for what others do there, and for what drivers take beyond their documentation."""
+GPU_HOST_KV = 32 << 30
+"""Bytes of the host buffer for each rank on a GPU, at most, where a node has that much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +58,9 @@ class Options:
     """Such as `P4->T4` or `T4`; `auto` plans by the first rows where the node has a profile, else by rule."""
     ranks: int | None = None
     device: str = "cpu"
+    """What a rank computes on: `cpu`, or `cuda` for NVIDIA GPUs."""
+    ranks_per_gpu: int = 1
+    """Ranks that share a GPU, for trying plans out: rank r computes on the (r // ranks_per_gpu)th visible one."""
     device_memory: int | str | None = None
     """Budget per rank, in bytes or as `"8GiB"`."""
     host_kv: int | str | None = None
@@ -66,7 +80,8 @@ class Options:
     threads_per_rank: int = 1
     attention: str | None = None
     transport: str = "auto"
-    """How tensors travel between ranks: `auto`, `shm`, `tcp` (ranks with addresses of their own) or `gloo`."""
+    """How tensors travel between ranks: `auto`, `nccl` (a GPU for each rank), `shm`, `tcp` (ranks with addresses of
+    their own) or `gloo`; the last three go through host memory."""
     node: str | None = None
     """A JSON file that places each rank in a network namespace, control groups and cores (`core.node`)."""
     start_timeout: float = 120.0
@@ -96,6 +111,12 @@ class Deployment:
     """Where each rank runs."""
     measured: HardwareSpec | str
     """The node by its profile, or why there is none to go by."""
+
+    @property
+    def own_transport(self) -> Literal["nccl"] | None:
+        """What connects the ranks' devices without the host, which takes one rank to a device alone."""
+        devices = [place.device for place in self.places]
+        return device_kind(self.options.device).transport if len(set(devices)) == len(devices) else None
 
     @property
     def spec(self) -> ModelSpec:
@@ -131,13 +152,16 @@ class Deployment:
 def resolve(options: Options) -> Deployment:
     """Choose what was left open and check everything. Raises a `ConfigError`."""
     _check_choices(options)
+    gpus = find_gpus(options)
     spec = load_spec(options.model)
     dummy = options.load_format == "dummy"
     if not dummy:
         _check_weights(options.model, spec)
-    plan = _choose_plan(options, spec)
+    plan = _choose_plan(options, spec, gpus)
+    places = _places(options, plan)
+    check_devices(places, gpus)
     dtype = _choose_dtype(options, spec)
-    device_memory, host_kv = _budgets(options, plan)
+    device_memory, host_kv = _budgets(options, plan, places, gpus)
     measured = profile_at_hand(plan.world, options.device, dtype)
     model = stored_as(spec, dtype, Path(options.model).resolve().name)
     setup = set_up(model, plan, dtype, limits_of(options, device_memory, host_kv))
@@ -149,7 +173,7 @@ def resolve(options: Options) -> Deployment:
         dummy=dummy,
         device_memory=device_memory,
         host_kv=host_kv,
-        places=_places(options, plan),
+        places=places,
         measured=measured,
     )
 
@@ -167,8 +191,15 @@ def limits_of(options: Options, device_memory: int, host_kv: int) -> Limits:
         transition=transition_mode(options),
         overlap=options.overlap,
         seed=options.seed,
-        costs=costs_of(options.device),
+        costs=device_costs(options),
     )
+
+
+def device_costs(options: Options) -> DeviceCosts:
+    """What devices take beside the model. Ranks that share one, or talk through the host, have no communicators."""
+    own = device_kind(options.device).transport
+    talk = own is not None and options.ranks_per_gpu == 1 and options.transport in ("auto", own)
+    return costs_of(options.device, collectives=talk)
 
 
 def _with_costs(setup: Setup, measured: HardwareSpec | str) -> Setup:
@@ -197,8 +228,9 @@ def _check_choices(options: Options) -> None:
         raise ConfigError(f"profile {options.profile!r}: no such folder; make it first")
     if options.trace is not None:
         check_trace(options.trace)
-    if options.device != "cpu":
-        raise ConfigError(f"device {options.device!r}: this version runs on 'cpu' only")
+    kind = device_kind(options.device)
+    if options.ranks_per_gpu != 1 and not kind.numbered:
+        raise ConfigError(f"ranks_per_gpu={options.ranks_per_gpu}: device {kind.name!r} has no GPUs to share")
     choices = {
         "dtype": ("auto", *DTYPE_BYTES),
         "load_format": get_args(LoadFormat),
@@ -209,7 +241,15 @@ def _check_choices(options: Options) -> None:
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
             raise ConfigError(f"{name} {getattr(options, name)!r}: choose one of {', '.join(allowed)}")
-    for name in ("ranks", "max_model_len", "chunk", "max_running", "block_size", "threads_per_rank"):
+    for name in (
+        "ranks",
+        "max_model_len",
+        "chunk",
+        "max_running",
+        "block_size",
+        "threads_per_rank",
+        "ranks_per_gpu",
+    ):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value}: must be at least 1")
@@ -224,9 +264,9 @@ def _check_weights(model: str, spec: ModelSpec) -> None:
     HostWeightStore.open(Path(model), spec).close()
 
 
-def _choose_plan(options: Options, spec: ModelSpec) -> Plan:
+def _choose_plan(options: Options, spec: ModelSpec, gpus: Sequence[Gpu]) -> Plan:
     if options.plan == "auto":
-        ranks = options.ranks or min(8, len(os.sched_getaffinity(0)))
+        ranks = default_ranks(options, gpus)
         plan = _default_plan(ranks, spec, options.policy)
     else:
         plan = Plan.parse(options.plan)
@@ -234,6 +274,35 @@ def _choose_plan(options: Options, spec: ModelSpec) -> Plan:
             raise LayoutError(f"plan {plan} has {plan.world} ranks, but ranks={options.ranks} was asked for")
     check_plan(plan, spec)
     return plan
+
+
+def find_gpus(options: Options) -> Sequence[Gpu]:
+    """The visible GPUs, where ranks compute on such. Raises `ConfigError` if there are none, or torch lacks CUDA."""
+    if not device_kind(options.device).numbered:
+        return ()
+    require_cuda_build()
+    return visible_gpus()
+
+
+def default_ranks(options: Options, gpus: Sequence[Gpu]) -> int:
+    """As many as are asked for, or as the GPUs take; on the host, up to eight of its cores."""
+    if options.ranks is not None:
+        return options.ranks
+    return len(gpus) * options.ranks_per_gpu if gpus else min(8, len(os.sched_getaffinity(0)))
+
+
+def check_devices(places: Sequence[Place], gpus: Sequence[Gpu]) -> None:
+    """Raise `ConfigError` if a rank's GPU is not among the visible ones."""
+    needed = 1 + max((place.device for place in places if place.device is not None), default=-1)
+    if needed <= len(gpus):
+        return
+    visible, ranks = f"{len(gpus)} {'is' if len(gpus) == 1 else 'are'} visible", len(places)
+    fewer = len(gpus) * max(1, ranks // needed)
+    raise ConfigError(
+        f"device 'cuda': {ranks} ranks need {needed} GPUs and {visible}; use a plan of at most {fewer} "
+        f"rank{'' if fewer == 1 else 's'}, or let ranks share GPUs to try it out "
+        f"(--ranks-per-gpu {-(-ranks // len(gpus))})"
+    )
 
 
 def check_plan(plan: Plan, spec: ModelSpec) -> None:
@@ -258,19 +327,31 @@ def _default_plan(ranks: int, spec: ModelSpec, policy: str | None) -> Plan:
 def _places(options: Options, plan: Plan) -> tuple[Place, ...]:
     """The places that the node file gives the ranks; without one, each has cores of its own as far as they go."""
     if options.node is None:
-        return tuple(places_on_cores(plan.world, options.threads_per_rank))
+        return _on_devices(options, places_on_cores(plan.world, options.threads_per_rank))
     places = load_node(options.node).ranks
     if len(places) < plan.world:
         raise ConfigError(
             f"node file {options.node}: has places for {len(places)} ranks, but plan {plan} needs {plan.world}"
         )
-    return tuple(places[: plan.world])
+    return _on_devices(options, places[: plan.world])
+
+
+def _on_devices(options: Options, places: Sequence[Place]) -> tuple[Place, ...]:
+    """With the device of each, which it keeps when ranks are lost and others take their numbers."""
+    if not device_kind(options.device).numbered:
+        return tuple(places)
+    return tuple(
+        place
+        if place.device is not None
+        else msgspec.structs.replace(place, device=rank // options.ranks_per_gpu)
+        for rank, place in enumerate(places)
+    )
 
 
 def _choose_dtype(options: Options, spec: ModelSpec) -> DType:
     if options.dtype != "auto":
         return cast(DType, options.dtype)
-    if spec.dtype == "float16":
+    if spec.dtype == "float16" and not device_kind(options.device).float16:
         logger.info(
             "dtype: the float16 checkpoint runs in bfloat16 on the CPU; --dtype float32 keeps all digits"
         )
@@ -278,11 +359,40 @@ def _choose_dtype(options: Options, spec: ModelSpec) -> DType:
     return spec.dtype
 
 
-def _budgets(options: Options, plan: Plan) -> tuple[int, int]:
+def _budgets(options: Options, plan: Plan, places: Sequence[Place], gpus: Sequence[Gpu]) -> tuple[int, int]:
     """Bytes per rank and of the host buffer. Left open, they are shares of the memory that is free now."""
     free = available_memory()
+    if gpus:
+        return gpu_budget(options, places, gpus), _gpu_host_kv(options, plan, free)
     default_host = min(free // 4, 32 << 30) if plan.separate else min(free // 10, 4 << 30)
     host_kv = default_host if options.host_kv is None else parse_bytes(options.host_kv)
     if options.device_memory is not None:
         return parse_bytes(options.device_memory), host_kv
     return max(int(free * 0.7 - host_kv) // plan.world, 1), host_kv
+
+
+def gpu_budget(options: Options, places: Sequence[Place], gpus: Sequence[Gpu]) -> int:
+    """Bytes of each rank: its share of the GPU that has least free for each of its ranks.
+
+    Raises `ConfigError` if what was asked for is not free.
+    """
+    sharing = Counter(place.device for place in places if place.device is not None)
+    tightest = min(sharing, key=lambda number: gpus[number].free // sharing[number])
+    gpu, ranks = gpus[tightest], sharing[tightest]
+    if options.device_memory is None:
+        return max(int(gpu.free * GPU_SHARE) // ranks, 1)
+    asked = parse_bytes(options.device_memory)
+    if asked * ranks > gpu.free:
+        each = "" if ranks == 1 else f" for each of its {ranks} ranks"
+        raise ConfigError(
+            f"device_memory {format_bytes(asked)}{each}: of {format_bytes(gpu.total)} on GPU {tightest} "
+            f"({gpu.name}), {format_bytes(gpu.free)} are free; ask for at most {format_bytes(gpu.free // ranks)}"
+        )
+    return asked
+
+
+def _gpu_host_kv(options: Options, plan: Plan, free: int) -> int:
+    """Bytes of the host buffer beside ranks on GPUs, which have no part in the host's memory otherwise."""
+    if options.host_kv is not None:
+        return parse_bytes(options.host_kv)
+    return min(free // 2, GPU_HOST_KV * plan.world) if plan.separate else min(free // 10, 4 << 30)

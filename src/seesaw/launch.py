@@ -8,6 +8,7 @@ import os
 import torch
 
 from seesaw.core.actions import Action, Completion
+from seesaw.core.devices import device_kind
 from seesaw.core.errors import EngineError
 from seesaw.core.units import format_bytes
 from seesaw.deployment import Deployment
@@ -124,7 +125,8 @@ def _transport(deployment: Deployment) -> tuple[str, int]:
     """The transport to use, and the descriptor of its shared memory (-1 for none)."""
     world = deployment.plan.world
     addresses = all(place.address for place in deployment.places)
-    kind = resolve_kind(deployment.options.transport, world=world, addresses=addresses)
+    own = deployment.own_transport
+    kind = resolve_kind(deployment.options.transport, world=world, addresses=addresses, own=own)
     return kind, create_region(world) if kind == "shm" else -1
 
 
@@ -144,7 +146,7 @@ def _worker_config(
         inbox="",  # the executor fills the addresses in
         outbox="",
         rendezvous="",
-        device=options.device,
+        device=device_kind(options.device).device_name(deployment.places[rank].device),
         transport=transport[0],
         transport_fd=transport[1],
         place=deployment.places[rank],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from seesaw.core.devices import CPU, CUDA
 from seesaw.core.node import Place
 from seesaw.preflight import limits
 from seesaw.preflight.findings import Finding
@@ -86,12 +87,12 @@ def test_limits_of_a_process(check: object, option: str, bad: int, good: int, sa
 
 
 def test_locked_memory_matters_only_to_devices() -> None:
-    assert limits.locked_memory(NEEDS, AMPLE, "cpu") is None
-    finding = only(limits.locked_memory(NEEDS, AMPLE, "cuda"))
+    assert limits.locked_memory(NEEDS, AMPLE, CPU) is None
+    finding = only(limits.locked_memory(NEEDS, AMPLE, CUDA))
     assert finding.severity == "warning"
     assert "9.00 GiB, are to be locked" in finding.what and "ulimit -l allows 8.00 MiB" in finding.what
     assert "ulimit -l unlimited" in finding.remedy
-    assert limits.locked_memory(NEEDS, replace(AMPLE, limits={"-l": None}), "cuda") is None
+    assert limits.locked_memory(NEEDS, replace(AMPLE, limits={"-l": None}), CUDA) is None
 
 
 def test_control_groups_of_ranks(tmp_path: Path) -> None:
@@ -202,3 +203,9 @@ assert "ulimit -v allows 1.50 GiB" in said and "ulimit -f allows 512.0 MiB" in s
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_what_ranks_hold_on_devices_is_no_memory_of_the_host() -> None:
+    small = replace(AMPLE, available=NEEDS.host_buffer + GIB, limits={})
+    assert any("memory" in f.what for f in limits.check_limits(NEEDS, [], machine=small))
+    assert not any(f.severity == "error" for f in limits.check_limits(NEEDS, [], device=CUDA, machine=small))

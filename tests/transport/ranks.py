@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from seesaw.transport.base import Members, Transport
+from seesaw.transport.base import Link, Members, Transport
 from seesaw.transport.gloo import GlooTransport
-from seesaw.transport.nccl import Link, NcclTransport
+from seesaw.transport.nccl import NcclTransport
 from seesaw.transport.shared_memory import SharedMemoryTransport, create_region
 from seesaw.transport.sockets import SocketTransport
 from seesaw.transport.staged import StagedTransport

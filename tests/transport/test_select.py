@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from seesaw.core.devices import CPU, CUDA
 from seesaw.core.errors import ConfigError, StartupError
 from seesaw.transport.base import Transport
 from seesaw.transport.gloo import GlooTransport
-from seesaw.transport.select import create_transport, resolve_kind
+from seesaw.transport.select import SingleTransport, create_transport, resolve_kind, staged_for
 from tests.transport.ranks import Setup, run_ranks
 
 
@@ -41,7 +42,8 @@ def test_kinds(
 @pytest.mark.parametrize(
     ("kind", "native", "message"),
     [
-        ("nccl", True, r"unknown kind 'nccl'; use one of \('auto', 'shm', 'tcp', 'gloo'\)"),
+        ("mpi", True, r"unknown kind 'mpi'; use one of \('auto', 'nccl', 'shm', 'tcp', 'gloo'\)"),
+        ("nccl", True, "needs a GPU of its own for every rank"),
         ("tcp", True, "needs an address for every rank"),
         ("shm", False, "needs the native library"),
         ("single", True, "is for one rank, there are 2"),
@@ -52,6 +54,27 @@ def test_kinds_that_cannot_be(kind: str, native: bool, message: str, monkeypatch
         monkeypatch.setenv("SEESAW_NATIVE", "0")
     with pytest.raises(ConfigError, match=message):
         resolve_kind(kind, world=2, addresses=False)
+
+
+def test_devices_with_a_transport_of_their_own() -> None:
+    for kind in ("auto", "nccl"):
+        assert resolve_kind(kind, world=2, addresses=False, own="nccl") == "nccl"
+    assert resolve_kind("gloo", world=2, addresses=False, own="nccl") == "gloo"
+    assert resolve_kind("auto", world=1, addresses=False, own="nccl") == "single"
+
+
+def test_devices_go_by_way_of_the_host_where_the_transport_does() -> None:
+    single = SingleTransport()
+    assert staged_for(single, CUDA) is single
+
+    class Named(SingleTransport):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    for name in ("shm", "nccl"):
+        assert staged_for(Named(name), CPU).name == name
+    assert staged_for(Named("nccl"), CUDA).name == "nccl"
+    assert staged_for(Named("shm"), CUDA).name == "shm, staged"
 
 
 @pytest.mark.parametrize("kind", ["shm", "tcp", "gloo"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ _OF_THE_ENGINE = (
         "plan",
         "ranks",
         "device",
+        "ranks_per_gpu",
         "dtype",
         "load_format",
         "policy",
@@ -56,6 +56,7 @@ def run(
     plan: opt.PlanText = "auto",
     ranks: opt.Ranks = None,
     device: opt.Device = "cpu",
+    ranks_per_gpu: opt.RanksPerGpu = 1,
     policy: opt.Policy = None,
     transition: opt.Transition = "auto",
     chunk: opt.Chunk = None,
@@ -178,13 +179,15 @@ def _run(
 
 def _check_before(job: OpenJob, options: dict[str, Any]) -> Mode:
     """Check the folders of the job's files; returns what the engine is to check. Raises a `ConfigError`."""
+    from seesaw.device.gpus import count_ranks
     from seesaw.preflight.gate import check_job_files, choose_mode
 
     if options["preflight"] == "off":
         return "off"
-    ranks = options["ranks"] or len(os.sched_getaffinity(0))
     if options["plan"] != "auto":
         ranks = Plan.parse(options["plan"]).world
+    else:
+        ranks = options["ranks"] or count_ranks(options["device"], options["ranks_per_gpu"])
     asked, part = job.options, job.files.answers_part
     if not asked.streamed:
         written = part.stat().st_size if part.is_file() else 0

@@ -127,7 +127,19 @@ PlanText = Annotated[
 Ranks = Annotated[
     int | None, typer.Option(help="Number of ranks.", min=1, metavar="N", rich_help_panel=_ENGINE)
 ]
-Device = Annotated[str, typer.Option(help="What a rank is.", metavar="KIND", rich_help_panel=_ENGINE)]
+Device = Annotated[
+    Literal["cpu", "cuda"],
+    typer.Option(help="What a rank computes on; cuda is NVIDIA GPUs.", rich_help_panel=_ENGINE),
+]
+RanksPerGpu = Annotated[
+    int,
+    typer.Option(
+        help="Ranks that share a GPU, for trying out plans of more ranks than there are GPUs.",
+        min=1,
+        metavar="N",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Policy = Annotated[
     Literal["seesaw", "chunked", "prefill-first", "decode-first"] | None,
     typer.Option(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seesaw.core.devices import device_kind
 from seesaw.core.errors import ConfigError
 from seesaw.core.units import format_bytes, parse_bytes
 
@@ -24,8 +25,6 @@ HOST_KV = 32 << 30
 """Bytes of the host buffer for each GPU, unless asked for. Nodes of eight have 256 GiB to 1 TiB of host memory."""
 CPU_HOST_KV = 32 << 30
 """At most, of a node of CPU ranks."""
-DEVICES = ("cpu",)
-"""What the ranks of this version's engine can be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +76,7 @@ def resolve(
     if job.arrival_s is not None and not arrivals:
         job = replace(job, arrival_s=None)
         notes.append("arrival times are left aside: all requests are there from the start")
-    notes += _of_the_engine(planned, node)
+    notes += _of_the_engine(planned)
     return Subject(
         model=planned,
         hardware=node,
@@ -126,9 +125,9 @@ def _budgets(node: HardwareSpec, device: int | None, host: int | None) -> tuple[
     """
     notes, memory = [], node.memory * node.ranks
     if host is None:
-        host = min(memory // 4, CPU_HOST_KV) if node.device == "cpu" else HOST_KV * node.ranks
+        host = min(memory // 4, CPU_HOST_KV) if device_kind(node.device).on_host else HOST_KV * node.ranks
         notes.append(f"a host buffer of {format_bytes(host)} is assumed; --host-kv says otherwise")
-    if device is None and node.device == "cpu":
+    if device is None and device_kind(node.device).on_host:
         device = max(int(memory * 0.7 - host) // node.ranks, 1)
         notes.append(f"a budget of {format_bytes(device)} a rank is assumed; --device-memory says otherwise")
     elif device is None:
@@ -136,14 +135,9 @@ def _budgets(node: HardwareSpec, device: int | None, host: int | None) -> tuple[
     return (device, host), notes
 
 
-def _of_the_engine(model: PlannedModel, node: HardwareSpec) -> list[str]:
+def _of_the_engine(model: PlannedModel) -> list[str]:
     """What can be planned for and not be run yet."""
     notes = []
-    if node.device not in DEVICES:
-        notes.append(
-            f"this version's engine runs {' and '.join(DEVICES)} ranks only: plans for {node.device} devices can be "
-            "looked at, not run"
-        )
     if model.moe is not None:
         notes.append("this version's engine does not run mixtures of experts")
     if model.weight_bits not in (16, 32) or model.kv_bits not in (16, 32):

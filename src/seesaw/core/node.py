@@ -31,6 +31,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Directories of the control groups to join, one per hierarchy."""
     cores: list[int] = []
     """Processor cores to bind to; empty leaves the rank unbound."""
+    device: int | None = None
+    """Number of its device among those visible, where ranks have such; None shares them out in order."""
 
 
 class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,6 +75,9 @@ def _problem(node: Node) -> str | None:
     without = [rank for rank, place in enumerate(node.ranks) if place.address is None]
     if without and len(without) < len(node.ranks):
         return f"ranks {without} have no address while others have one; give all an address or none"
+    undecided = [rank for rank, place in enumerate(node.ranks) if place.device is None]
+    if undecided and len(undecided) < len(node.ranks):
+        return f"ranks {undecided} have no device while others have one; give all a device or none"
     seen: dict[str, int] = {}
     for rank, place in enumerate(node.ranks):
         problem = _place_problem(place)
@@ -93,6 +98,8 @@ def _place_problem(place: Place) -> str | None:
             return f"has the address {place.address!r}, which is not an IP address such as 10.77.0.1"
     if place.netns is not None and place.address is None:
         return f"enters the namespace {place.netns} but has no address there; give `address`"
+    if place.device is not None and place.device < 0:
+        return f"has the device {place.device}; devices are numbered from 0"
     if any(core < 0 for core in place.cores):
         return f"has the cores {place.cores}; cores are numbered from 0"
     paths = [*place.cgroups, *([place.netns] if place.netns is not None else [])]

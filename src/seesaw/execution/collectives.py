@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from seesaw.execution.links import HIDDEN, TOKENS
 from seesaw.transport.base import Transport
 from seesaw.weights.sharding import RankView
-
-_HIDDEN, _TOKENS = 0, 1
-"""Channels: hidden states to the next stage, sampled tokens to the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +73,23 @@ class PipelineLinks:
     def send_hidden(self, hidden: Tensor) -> None:
         """Hand hidden states to the next stage without waiting for it."""
         assert self.view.next_rank is not None
-        self.transport.send(hidden, self.view.next_rank, _HIDDEN)
+        self.transport.send(hidden, self.view.next_rank, HIDDEN)
 
     def receive_hidden(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """Hidden states `[rows, width]` from the previous stage."""
         assert self.view.previous_rank is not None
         hidden = torch.empty(rows, width, dtype=dtype, device=self.device)
-        return self.transport.receive(hidden, self.view.previous_rank, _HIDDEN)
+        return self.transport.receive(hidden, self.view.previous_rank, HIDDEN)
 
     def send_tokens(self, tokens: Tensor) -> None:
         """Hand sampled tokens to every rank of the first stage without waiting for them."""
         for rank in self.view.first_stage_ranks:
-            self.transport.send(tokens, rank, _TOKENS)
+            self.transport.send(tokens, rank, TOKENS)
 
     def receive_tokens(self, count: int) -> Tensor:
         """`count` sampled tokens from the last stage."""
         tokens = torch.empty(count, dtype=torch.int64, device=self.device)
-        return self.transport.receive(tokens, self.view.sampler_rank, _TOKENS)
+        return self.transport.receive(tokens, self.view.sampler_rank, TOKENS)
 
     def flush(self) -> None:
         """Wait until everything sent has left."""

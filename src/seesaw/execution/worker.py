@@ -21,6 +21,7 @@ import zmq
 
 from seesaw.attention.select import create_attention
 from seesaw.core.actions import Forward, SwapIn, SwapOut, Transition
+from seesaw.core.devices import kind_of
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType
 from seesaw.device.base import Device
@@ -28,6 +29,7 @@ from seesaw.device.select import open_device
 from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.heap import keep_heap
 from seesaw.execution.kv_copies import KvCopies
+from seesaw.execution.links import groups_of, links_of
 from seesaw.execution.liveness import BEAT
 from seesaw.execution.messages import (
     Alive,
@@ -49,7 +51,7 @@ from seesaw.kv.device_pool import DevicePool
 from seesaw.kv.host_buffer import HostBuffer
 from seesaw.ops.select import create_operators
 from seesaw.transport.base import Transport
-from seesaw.transport.select import create_transport
+from seesaw.transport.select import create_transport, staged_for
 from seesaw.weights.changes import Mode
 from seesaw.weights.reshard import RankWeights
 from seesaw.weights.sharding import Sharding, rank_view
@@ -116,16 +118,19 @@ class Worker:
         """The transport to the other ranks, for the groups of all layouts."""
         config = self._config
         views = [rank_view(self._spec, s, r) for s in self._shardings for r in range(config.world)]
-        return create_transport(
+        transport = create_transport(
             config.transport,
             rank=config.rank,
             world=config.world,
             rendezvous=config.rendezvous,
-            groups=list(dict.fromkeys(view.tp_ranks for view in views)),
+            groups=groups_of(views),
+            links=links_of(views),
+            device=self._device.torch,
             open_region=lambda: self._open_shared(config.transport_fd),
             address=config.place.address,
             timeout=config.start_timeout,
         )
+        return staged_for(transport, kind_of(config.device))
 
     def _open_shared(self, fd: int) -> int:
         """A descriptor of memory that the control process holds as `fd`."""

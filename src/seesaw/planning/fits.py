@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from seesaw.core.devices import device_kind
 from seesaw.core.errors import LayoutError, MemoryBudgetError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout
@@ -126,7 +127,7 @@ def _ranks(model: PlannedModel, layout: Layout) -> tuple[Demand, ...]:
 
 def _nodes(asked: _Question, model: PlannedModel, hardware: HardwareSpec, node: _Node) -> Iterator[str]:
     """More of these devices, and larger ones in the same number; of a profiled machine, more memory."""
-    if hardware.device == "cpu":
+    if device_kind(hardware.device).on_host:
         need = asked.least_need(model, node)
         assert need is not None, "only asked of models that can be divided"
         yield f"{format_bytes(need.bytes)} of memory a rank"

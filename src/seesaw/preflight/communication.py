@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import msgspec
 
+from seesaw.core.devices import device_kind
 from seesaw.core.errors import ConfigError
 from seesaw.core.node import Place
 from seesaw.preflight.messages import MEET, PLACE, Check, Problem, Ready, Step, Verdict
@@ -43,8 +44,14 @@ LOADING_SECONDS = 300.0
 GRACE_SECONDS = 3.0
 """Beyond its own time limit, until the leader itself counts as hanging."""
 LOOPBACK = "127.0.0.1"
-_ORDER: tuple[Kind, ...] = ("shm", "tcp", "gloo")
+_ORDER: tuple[Kind, ...] = ("nccl", "shm", "tcp", "gloo")
 """What is tried after what."""
+DEVICE_LIMIT_SECONDS = 90.0
+"""What ranks on devices may take: each opens its device first, and a library that connects them asks every link."""
+_HINTS = {
+    "nccl": "where GPUs cannot reach each other's memory (virtual machines, IOMMU or ACS switched on), setting "
+    "NCCL_P2P_DISABLE=1 keeps NCCL without it; without NCCL, tensors go through host memory, which is slower"
+}
 _LARGEST_ANSWER = 1 << 20
 
 
@@ -147,17 +154,21 @@ def find_connection(
     *,
     transport: str = "auto",
     dtype: str = "float32",
-    limit: float = LIMIT_SECONDS,
+    device: str = "cpu",
+    own: Kind | None = None,
+    limit: float | None = None,
     wrapper: str = "",
 ) -> Connection:
     """The first transport over which `steps` run without fault, by ranks at `places`.
 
-    One that was asked for by name is the only one tried. `limit` is in seconds, for each. Raises `ConfigError` with
+    One that was asked for by name is the only one tried. `device` is the kind that ranks compute on, `own` what
+    connects such devices without the host. `limit` is in seconds, for each. Raises `ConfigError` with
     what failed if none works, or if the ranks cannot get to their places.
     """
     failures: list[str] = []
     addresses = all(place.address for place in places)
-    kinds = _candidates(transport, len(places), addresses=addresses)
+    kinds = _candidates(transport, len(places), addresses=addresses, own=own)
+    limit = limit or (LIMIT_SECONDS if device_kind(device).on_host else DEVICE_LIMIT_SECONDS)
     with Attempts() as attempts:
         for kind in kinds:
             if failures:
@@ -168,6 +179,7 @@ def find_connection(
                     transport=kind,
                     places=list(there),
                     dtype=dtype,
+                    device=device,
                     steps=list(steps),
                     limit=limit,
                     rendezvous=rendezvous,
@@ -181,7 +193,8 @@ def find_connection(
             if verdict.problem.step == PLACE and verdict.problem.kind == "raised":
                 said = verdict.problem.message.partition(": ")[2]
                 raise ConfigError(f"preflight: rank {verdict.problem.ranks[0]} {said}")
-            failures.append(f"transport '{kind}' failed: {explain(verdict.problem, check)}")
+            hint = f" ({_HINTS[kind]})" if kind in _HINTS else ""
+            failures.append(f"transport '{kind}' failed: {explain(verdict.problem, check)}{hint}")
     raise ConfigError(
         f"preflight: no transport connects the {len(places)} ranks: {'; '.join(failures)}; {_remedy(transport)}"
     )
@@ -193,14 +206,17 @@ def _remedy(transport: str) -> str:
     return "one rank (--ranks 1) needs none, and --preflight off goes ahead regardless"
 
 
-def _candidates(transport: str, world: int, *, addresses: bool) -> list[Kind]:
+def _candidates(transport: str, world: int, *, addresses: bool, own: Kind | None = None) -> list[Kind]:
     """The transports to try, in order. Raises `ConfigError` for one that cannot be had."""
     from seesaw.transport.select import resolve_kind  # brings torch
 
-    first = resolve_kind(transport, world=world, addresses=addresses)
+    first = resolve_kind(transport, world=world, addresses=addresses, own=own)
     if transport != "auto" or first == "single":
         return [first]
-    return list(_ORDER[_ORDER.index(first) :])
+    rest = _ORDER[_ORDER.index(first) :]
+    if first != own or not addresses:
+        return list(rest)
+    return [first, *(kind for kind in rest if kind not in (first, "shm"))]  # ranks in networks of their own
 
 
 def _with_addresses(places: Sequence[Place]) -> tuple[Place, ...]:

@@ -16,12 +16,22 @@ class WrongDataError(Exception):
     """What arrived is not what was sent; the message says where."""
 
 
-def exercise(transport: Transport, rank: int, number: int, step: Step, dtype: torch.dtype) -> None:
-    """Carry out the rank's part of step `number`. Raises `WrongDataError`, or what the transport raises."""
+def exercise(
+    transport: Transport,
+    rank: int,
+    number: int,
+    step: Step,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> None:
+    """Carry out the rank's part of step `number` with data on `device`, by default on the host.
+
+    Raises `WrongDataError`, or what the transport raises.
+    """
     if step.operation in ("barrier", "broadcast") or (step.operation == "send" and step.channel):
         dtype = torch.int64  # as tokens are
     count = max(1, step.bytes // dtype.itemsize)
-    x = _pattern(rank, number, count).to(dtype)
+    x = _pattern(rank, number, count).to(dtype=dtype, device=device)
     match step.operation:
         case "barrier" | "all_reduce":
             total = sum(_pattern(member, number, count) for member in step.members)
@@ -66,6 +76,6 @@ def _pattern(rank: int, number: int, count: int) -> Tensor:
 def _compare(found: Tensor, expected: Tensor, of: str = "") -> None:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         raise WrongDataError(f"gave {found.dtype} of shape {tuple(found.shape)}{of}")
-    differ = (found.contiguous().view(torch.uint8) != expected.view(torch.uint8)).nonzero()
+    differ = (found.cpu().contiguous().view(torch.uint8) != expected.view(torch.uint8)).nonzero()
     if len(differ):
         raise WrongDataError(f"gave wrong data{of} at byte {int(differ[0])}")

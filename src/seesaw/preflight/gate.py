@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from seesaw.core.devices import device_kind
 from seesaw.preflight import communication
 from seesaw.preflight.disk import check_space, check_writable
 from seesaw.preflight.expected import expect, input_bytes
@@ -71,7 +72,7 @@ def check_plan(deployment: Deployment) -> Deployment:
     """
     options = deployment.options
     if options.preflight != "off":
-        settle(check_limits(needs_of(deployment), deployment.places, device=options.device))
+        settle(check_limits(needs_of(deployment), deployment.places, device=device_kind(options.device)))
     if options.preflight != "on" or deployment.plan.world == 1:
         communication.discard_early()
         return deployment
@@ -80,5 +81,7 @@ def check_plan(deployment: Deployment) -> Deployment:
         deployment.places,
         transport=options.transport,
         dtype=deployment.dtype,
+        device=options.device,
+        own=deployment.own_transport,
     )
     return replace(deployment, options=replace(options, transport=found.transport), places=found.places)

@@ -25,14 +25,16 @@ from typing import cast
 import msgspec
 import torch
 
+from seesaw.core.devices import device_kind
 from seesaw.core.errors import SeesawError
 from seesaw.core.process import die_with_parent
+from seesaw.device.select import open_device
 from seesaw.execution.placement import enter
 from seesaw.preflight.exercise import WrongDataError, exercise
 from seesaw.preflight.messages import MEET, PLACE, Check, Problem, Ready, Report, Verdict
-from seesaw.preflight.program import groups_of
+from seesaw.preflight.program import groups_of, links_in
 from seesaw.transport.base import Transport
-from seesaw.transport.select import create_transport
+from seesaw.transport.select import create_transport, staged_for
 
 _POSITION = struct.Struct("<i")
 _SETTLE_SECONDS = 0.1
@@ -67,12 +69,14 @@ def _rank_main(check: Check, rank: int, region: int, positions: _Positions, pipe
         torch.set_num_threads(1)
         enter(check.places[rank])
         positions[rank] = MEET
-        transport = _connect(check, rank, region)
+        kind = device_kind(check.device)
+        device = open_device(kind.device_name(check.places[rank].device)).torch
+        transport = _connect(check, rank, region, device)
         dtype = getattr(torch, check.dtype)
         for number, step in enumerate(check.steps):
             if rank in step.members:
                 positions[rank] = number
-                exercise(transport, rank, number, step, dtype)
+                exercise(transport, rank, number, step, dtype, device)
         positions[rank] = len(check.steps)
         transport.flush()
         transport.close()
@@ -87,17 +91,20 @@ def _rank_main(check: Check, rank: int, region: int, positions: _Positions, pipe
         signal.pause()  # ending would make its peers fail too, and hide what came first
 
 
-def _connect(check: Check, rank: int, region: int) -> Transport:
+def _connect(check: Check, rank: int, region: int, device: torch.device) -> Transport:
     transport = create_transport(
         check.transport,
         rank=rank,
         world=len(check.places),
         rendezvous=check.rendezvous,
         groups=groups_of(check.steps),
+        links=links_in(check.steps),
+        device=device,
         open_region=lambda: os.dup(region),
         address=check.places[rank].address,
         timeout=_MEETING_SHARE * check.limit,
     )
+    transport = staged_for(transport, device_kind(check.device))
     if check.wrapper:
         module, _, name = check.wrapper.partition(":")
         wrap = getattr(importlib.import_module(module), name)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seesaw.core.devices import CPU, DeviceKind
 from seesaw.core.model_spec import DTYPE_BYTES
 from seesaw.core.node import Place
 from seesaw.core.units import format_bytes
@@ -88,10 +89,13 @@ def needs_of(deployment: Deployment) -> Needs:
 
 
 def check_limits(
-    needs: Needs, places: Sequence[Place], *, device: str = "cpu", machine: Machine | None = None
+    needs: Needs, places: Sequence[Place], *, device: DeviceKind = CPU, machine: Machine | None = None
 ) -> list[Finding]:
     """All that this machine has against the plan."""
     machine = machine or read_machine()
+    if not device.on_host:  # what ranks hold on devices is no business of the host's memory
+        nothing = (0,) * needs.world
+        needs = replace(needs, fixed=nothing, pools=nothing)
     found = [
         memory(needs, machine),
         committed(needs, machine),
@@ -197,10 +201,10 @@ def open_files(needs: Needs, machine: Machine) -> Finding | None:
     return Finding("error", what, f"run `ulimit -n {max(1024, wanted)}` first")
 
 
-def locked_memory(needs: Needs, machine: Machine, device: str) -> Finding | None:
+def locked_memory(needs: Needs, machine: Machine, device: DeviceKind) -> Finding | None:
     """`ulimit -l`, where host memory is pinned for a device; on CPU ranks nothing is."""
     limit, pinned = machine.limits.get("-l"), needs.host_buffer + needs.mapped
-    if device == "cpu" or limit is None or pinned <= limit:
+    if not device.pins_memory or limit is None or pinned <= limit:
         return None
     what = (
         f"pinned memory: host buffer and weights, {_text(pinned)}, are to be locked in memory for the device, and "

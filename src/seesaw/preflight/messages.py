@@ -31,6 +31,8 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     places: list[Place]
     dtype: str
     """Of activations; name of a torch type."""
+    device: str = "cpu"
+    """The kind that ranks compute on; the places say which of them."""
     steps: list[Step]
     limit: float
     """Seconds until the attempt counts as hanging."""

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from seesaw.core.model_spec import ModelSpec
+from seesaw.execution.links import groups_of as view_groups
+from seesaw.execution.links import links_of
 from seesaw.preflight.messages import MEET, PLACE, Step
-from seesaw.weights.sharding import RankView, Sharding, rank_view
+from seesaw.weights.sharding import Sharding, rank_view
 
 SMALL, MIDDLE, LARGE = 64, 40 << 10, 1 << 20
 """Bytes of a message: a few tokens; just past where an all-reduce takes two rounds; a micro-batch of prefill."""
 ROUNDS = 4
 """How often small messages go: what one leaves behind shows in the next."""
-_HIDDEN, _TOKENS = 0, 1
 
 
 def steps_of(spec: ModelSpec, shardings: Sequence[Sharding]) -> list[Step]:
     """Every group and every link of `shardings`, each once; a barrier of all ranks at both ends."""
     views = [rank_view(spec, sharding, rank) for sharding in shardings for rank in range(len(sharding.ranks))]
-    groups = dict.fromkeys(view.tp_ranks for view in views if len(view.tp_ranks) > 1)
-    links = dict.fromkeys(link for view in views for link in _links(view))
+    groups = [members for members in view_groups(views) if len(members) > 1]
+    links = links_of(views)
     everyone = tuple(range(max(view.rank for view in views) + 1))
     barrier = Step("barrier", everyone, 8)
     steps = [barrier]
@@ -39,13 +40,9 @@ def groups_of(steps: Iterable[Step]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(step.members for step in steps if step.operation != "send"))
 
 
-def _links(view: RankView) -> Iterable[tuple[int, int, int]]:
-    """(sender, receiver, channel) of the messages that a rank sends."""
-    if view.next_rank is not None:
-        yield view.rank, view.next_rank, _HIDDEN
-    if view.rank == view.sampler_rank and not view.first_stage:
-        for first in view.first_stage_ranks:
-            yield view.rank, first, _TOKENS
+def links_in(steps: Iterable[Step]) -> list[tuple[int, int, int]]:
+    """(sender, receiver, channel) of the messages of `steps`."""
+    return list(dict.fromkeys((*step.members, step.channel) for step in steps if step.operation == "send"))  # type: ignore[misc]
 
 
 def describe(steps: Sequence[Step], number: int) -> str:

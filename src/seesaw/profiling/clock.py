@@ -19,6 +19,8 @@ from itertools import cycle
 
 import torch
 
+from seesaw.core.devices import kind_of
+
 Call = Callable[[], object]
 _TAIL = 0.002
 """Seconds that a rank goes on for the others, whose calls may be late by a little."""
@@ -54,7 +56,7 @@ def seconds_per_call(calls: Sequence[Call], device: str, span: Span, before: Cal
         found.append(timed(turn, count) / count)
     while time.monotonic() < span.end + _TAIL:
         timed(turn, 1)
-    return _quantile(found, by_clock=span.by_clock or device != "cpu")
+    return _quantile(found, by_clock=span.by_clock or kind_of(device).runs_behind)
 
 
 def told(call: Callable[[], float], span: Span) -> float:
@@ -104,9 +106,9 @@ def _quantile(values: Sequence[float], *, by_clock: bool) -> float:
 
 def _timer(device: str, span: Span, before: Call | None) -> Callable[[cycle[Call], int], float]:
     """What measures the seconds of so many calls, or of one that comes after `before`."""
-    measure: Callable[[cycle[Call], int], float] = _by_events
-    if torch.device(device).type == "cpu":
-        measure = partial(_by_clock, own_clock(span.by_clock))
+    measure = partial(_by_clock, own_clock(span.by_clock))
+    if kind_of(device).runs_behind:
+        measure = partial(_by_events, torch.device(device))
 
     def timed(turn: cycle[Call], count: int) -> float:
         if before is not None:
@@ -123,8 +125,8 @@ def _by_clock(clock: Callable[[], float], turn: cycle[Call], count: int) -> floa
     return clock() - started
 
 
-def _by_events(turn: cycle[Call], count: int) -> float:
-    start, end = torch.Event("cuda", enable_timing=True), torch.Event("cuda", enable_timing=True)
+def _by_events(device: torch.device, turn: cycle[Call], count: int) -> float:
+    start, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
     start.record()
     for _ in range(count):
         next(turn)()

@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 import torch
 
+from seesaw.core.devices import kind_of
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType, ModelSpec, RopeSpec
 from seesaw.kv.transfers import swap_in, swap_out
@@ -51,7 +52,7 @@ def copy_calls(
     (buffer,) = host.cut((count, *block), element, most=1)
     pairs = torch.stack([torch.randperm(count), torch.randperm(count)], dim=1)
     parts = [part.contiguous() for part in pairs.chunk(min(8, count))]
-    if operands.device != "cpu":
+    if not kind_of(operands.device).on_host:
         return _through_index(pool, buffer, parts[0], kind), len(parts[0]) * size
     swap = swap_out if kind == "to_host" else swap_in
     move = partial(swap, pool, buffer, layers=range(_LAYERS), kv_heads=range(heads.kv))

@@ -12,6 +12,7 @@ from itertools import pairwise
 from math import exp, log
 from typing import Literal, cast
 
+from seesaw.core.devices import device_kind
 from seesaw.core.hardware import Curve, HardwareSpec, TypeCurves
 from seesaw.core.model_spec import DTYPE_BYTES
 from seesaw.profiling.tasks import (
@@ -82,7 +83,7 @@ class _Fit:
 
     def curves(self, dtype: str, device: str) -> TypeCurves:
         """Everything that depends on the type."""
-        query, kv = self._token_seconds(dtype) if device == "cpu" else (0.0, 0.0)
+        query, kv = self._token_seconds(dtype) if device_kind(device).on_host else (0.0, 0.0)
         heads, kv_heads, dim = self.sizes.heads
         each = (heads * query + kv_heads * kv) * dim
         prefill: dict[float, float] = {}

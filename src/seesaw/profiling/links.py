@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seesaw.core.devices import kind_of
 from seesaw.profiling.clock import Call, Span, together
-from seesaw.transport.base import Members, Transport
+from seesaw.transport.base import Link, Members, Transport
 
 
 def groups_of(world: int, size: int) -> list[Members]:
@@ -20,6 +21,12 @@ def groups_of(world: int, size: int) -> list[Members]:
 def all_groups(world: int, sizes: Sequence[int]) -> list[Members]:
     """Every group that measurements with these sizes name."""
     return list(dict.fromkeys(group for size in {2, *sizes} for group in groups_of(world, size)))
+
+
+def neighbours(world: int) -> list[Link]:
+    """Every message that measurements send."""
+    pairs = groups_of(world, 2)
+    return [(a, b, 0) for a, b in pairs] + [(b, a, 0) for a, b in pairs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +70,14 @@ class Links:
             return None
 
         def agree(number: int) -> int:
-            return int(self.transport.broadcast(torch.tensor([number]), members))
+            return int(self.transport.broadcast(torch.tensor([number], device=self.device), members))
 
-        return together(lambda: call(members), agree, span, before)
+        def whole() -> None:
+            call(members)
+            if kind_of(self.device).runs_behind:
+                torch.accelerator.synchronize()
+
+        return together(whole, agree, span, before)
 
     def _tensor(self, count: int, dtype: str) -> Tensor:
         element: torch.dtype = getattr(torch, dtype)

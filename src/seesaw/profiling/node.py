@@ -16,6 +16,7 @@ from typing import Any, Self
 import msgspec
 
 from seesaw.bench.process import ContestantError, Guard, JsonProcess
+from seesaw.core.devices import device_kind
 from seesaw.core.node import Place
 from seesaw.profiling.rank import RankConfig
 from seesaw.transport.select import resolve_kind
@@ -76,7 +77,8 @@ class Node:
     def _start(self, places: Sequence[Place], group_sizes: list[int]) -> list[JsonProcess]:
         options = self.options
         addresses = all(place.address for place in places)
-        kind = resolve_kind(options.transport, world=self.world, addresses=addresses)
+        own = device_kind(options.device).transport
+        kind = resolve_kind(options.transport, world=self.world, addresses=addresses, own=own)
         region = ""
         if kind == "shm":
             fd = create_region(self.world)
@@ -90,7 +92,7 @@ class Node:
                 rank=rank,
                 world=self.world,
                 place=place,
-                device=options.device if options.device == "cpu" else f"{options.device}:{rank}",
+                device=device_kind(options.device).device_name(rank),
                 threads=options.threads,
                 transport=kind,
                 transport_region=region,

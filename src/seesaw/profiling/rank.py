@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from seesaw.core.devices import kind_of
 from seesaw.core.node import Place
 
 if TYPE_CHECKING:
@@ -56,9 +57,8 @@ class Rank:
         from seesaw.profiling.operands import Operands
 
         self._config = config
-        cuda = config.device.startswith("cuda")
         self._operands = Operands(config.memory, config.device)
-        self._host = Operands(config.memory, "cpu", pinned=cuda)
+        self._host = Operands(config.memory, "cpu", pinned=kind_of(config.device).pins_memory)
         self._links: Links | None = None
         self._stack = ExitStack()
         """What the measurement prepared holds."""
@@ -111,7 +111,7 @@ class Rank:
     def _by_clock(self) -> bool:
         """Whether the processor time of the one thread is not all there is."""
         config = self._config
-        return config.threads > 1 or bool(config.place.cgroups) or config.device != "cpu"
+        return config.threads > 1 or bool(config.place.cgroups) or kind_of(config.device).runs_behind
 
     def _calls(self, op: str, arguments: dict[str, Any]) -> tuple[list[Callable[[], object]], int]:
         """Calls to be timed, and what their seconds are divided by: the bytes of a copy."""
@@ -138,8 +138,10 @@ class Rank:
 
     def _get_links(self) -> Links:
         if self._links is None:
-            from seesaw.profiling.links import Links, all_groups
-            from seesaw.transport.select import create_transport
+            import torch
+
+            from seesaw.profiling.links import Links, all_groups, neighbours
+            from seesaw.transport.select import create_transport, staged_for
 
             config = self._config
             transport = create_transport(
@@ -150,7 +152,10 @@ class Rank:
                 groups=all_groups(config.world, config.group_sizes),
                 open_region=lambda: os.open(config.transport_region, os.O_RDWR),
                 address=config.place.address,
+                links=neighbours(config.world),
+                device=torch.device(config.device),
             )
+            transport = staged_for(transport, kind_of(config.device))
             self._links = Links(transport, config.rank, config.world, config.device)
         return self._links
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from seesaw.core.devices import device_kind
+
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512, 1024, 2048)
 PREFILLS = ((16, 64), (8, 128), (4, 256), (2, 512), (1, 1024), (1, 2048))
 """(prompts, tokens of each) that prefill attention is measured with: batches as the engine makes them, by rising
@@ -65,7 +67,7 @@ class Sizes:
 
 def sizes_for(device: str) -> Sizes:
     """What fills a rank of this kind."""
-    if device == "cpu":
+    if device_kind(device).on_host:
         return Sizes(
             products=((1024, 2048), (1024, 1024), (1024, 5632), (2816, 1024)),
             heads=(16, 8, 64),

@@ -8,6 +8,8 @@ from torch import Tensor
 
 Members = tuple[int, ...]
 """Ranks of a group, in the order of their indexes in it; every member names the same tuple."""
+Link = tuple[int, int, int]
+"""(source, destination, channel) of messages."""
 
 
 class Transport(Protocol):

@@ -14,10 +14,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from seesaw.core.errors import StartupError
-from seesaw.transport.base import Members
-
-Link = tuple[int, int, int]
-"""(source, destination, channel) of messages."""
+from seesaw.transport.base import Link, Members
 
 
 class NcclTransport:

@@ -8,17 +8,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from seesaw.core.devices import DeviceKind
 from seesaw.core.errors import ConfigError
-from seesaw.transport.base import Members, Transport
+from seesaw.transport.base import Link, Members, Transport
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["single", "shm", "tcp", "gloo"]
+Kind = Literal["single", "nccl", "shm", "tcp", "gloo"]
 
-KINDS = ("auto", "shm", "tcp", "gloo")
-"""What may be asked for: shared memory, sockets between networks, Gloo, or the best of them."""
+KINDS = ("auto", "nccl", "shm", "tcp", "gloo")
+"""What may be asked for: GPUs among themselves, shared memory, sockets between networks, Gloo, or the best."""
 
 
 class SingleTransport:
@@ -56,12 +58,15 @@ class SingleTransport:
         """There is nothing to give up."""
 
 
-def resolve_kind(kind: str, *, world: int, addresses: bool) -> Kind:
+def resolve_kind(kind: str, *, world: int, addresses: bool, own: Kind | None = None) -> Kind:
     """The transport that `kind` means here; `addresses`: every rank has an address of its own.
 
+    `own` is what connects the ranks' devices without the host, None where they have no such thing.
+
     The control process asks first, since shared memory (`shm`) needs a region from it (`create_region`), and
-    hands the answer to the ranks. `auto` is sockets where ranks have addresses, shared memory otherwise, and
-    Gloo without the native library. Raises `ConfigError` for kinds that do not exist or cannot be had.
+    hands the answer to the ranks. `auto` is `own` if there is one, else sockets where ranks have addresses, else
+    shared memory, and Gloo without the native library. Raises `ConfigError` for kinds that do not exist, or
+    cannot be had.
     """
     if kind not in KINDS and kind != "single":
         raise ConfigError(f"transport: unknown kind {kind!r}; use one of {KINDS}")
@@ -69,6 +74,10 @@ def resolve_kind(kind: str, *, world: int, addresses: bool) -> Kind:
         return "single"
     if kind == "single":
         raise ConfigError(f"transport: kind 'single' is for one rank, there are {world}")
+    if kind == "nccl" and own != "nccl":
+        raise ConfigError("transport: kind 'nccl' needs a GPU of its own for every rank; without, use 'shm'")
+    if own is not None and kind in ("auto", own):
+        return own
     if kind == "tcp" and not addresses:
         raise ConfigError("transport: kind 'tcp' needs an address for every rank; without, use 'shm'")
     if kind in ("auto", "shm", "tcp"):
@@ -79,6 +88,16 @@ def resolve_kind(kind: str, *, world: int, addresses: bool) -> Kind:
             raise ConfigError(f"transport: kind {kind!r} needs the native library, which cannot be had here")
         logger.warning("transport: Gloo instead of %r, for want of the native library; it is slower", wanted)
     return "gloo"
+
+
+def staged_for(transport: Transport, kind: DeviceKind) -> Transport:
+    """`transport` as ranks on such devices can use it: by way of the host where it takes host memory alone."""
+    if kind.on_host or transport.name in ("single", kind.transport):
+        return transport
+    from seesaw.transport.staged import StagedTransport
+
+    logger.info("transport: %s, by way of host memory: each exchange waits for the device", transport.name)
+    return StagedTransport(transport)
 
 
 def _native(kind: Kind) -> bool:
@@ -97,17 +116,27 @@ def create_transport(
     open_region: Callable[[], int] | None = None,
     address: str | None = None,
     timeout: float = 60.0,
+    links: Sequence[Link] = (),
+    device: torch.device | None = None,
 ) -> Transport:
     """This rank's end of a transport; all ranks call this with the same `kind`, `world` and `groups`.
 
     `rendezvous` is a directory, new for this set of ranks and closed to other users, that may go when all are
     up. `groups` lists every group of ranks that collectives will name. `open_region` gives a descriptor of the
     region that the control process made, for `shm`: it is closed here. `address` is this rank's own IP address,
-    for `tcp`. Raises `ConfigError`, or `StartupError` if other ranks are not there after `timeout` seconds.
+    for `tcp`. `links` lists every (source, destination, channel) of messages, and `device` is this rank's own, for
+    `nccl`; the others take tensors in host memory (`staged_for`). Raises `ConfigError`, or `StartupError` if other
+    ranks are not there after `timeout` seconds.
     """
-    match resolve_kind(kind, world=world, addresses=address is not None):
+    own: Kind | None = "nccl" if kind == "nccl" and device is not None else None
+    match resolve_kind(kind, world=world, addresses=address is not None, own=own):
         case "single":
             return SingleTransport()
+        case "nccl":
+            from seesaw.transport.nccl import NcclTransport
+
+            assert device is not None
+            return NcclTransport(rank, world, rendezvous, groups, links, device=device, timeout=timeout)
         case "shm":
             from seesaw.transport.shared_memory import SharedMemoryTransport
 
