@@ -39,6 +39,7 @@ from seesaw.weights.sharding import Sharding, check_layout
 logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+_UNPROVEN = "device 'cuda': the parts of this version that drive GPUs have been tested without one; run scripts/gpu_check first"
 MAX_RUNNING = 256
 """Where nothing is said and nothing is searched for."""
 GPU_SHARE = 0.95
@@ -281,6 +282,7 @@ def find_gpus(options: Options) -> Sequence[Gpu]:
     if not device_kind(options.device).numbered:
         return ()
     require_cuda_build()
+    logger.warning(_UNPROVEN)
     return visible_gpus()
 
 

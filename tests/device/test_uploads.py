@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -82,9 +84,11 @@ def test_what_fails_on_a_stream_comes_back(monkeypatch: pytest.MonkeyPatch) -> N
     ours.to_host.notify(lambda: told.append("first"))
     ours.to_host.notify(lambda: told.append("second"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        ours.to_host.close()
+        ours.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("seesaw-")]
     with pytest.raises(RuntimeError, match="illegal memory access"):
         ours.to_host.launch(lambda: None)
+    ours.close()
     assert told == []
 
 

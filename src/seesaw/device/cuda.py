@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from queue import SimpleQueue
 from typing import Any, Protocol, cast
 
@@ -140,8 +140,9 @@ class CudaDevice:
 
     def close(self) -> None:
         """See `Device.close`."""
-        for stream in (self.compute, self.to_host, self.to_device):
-            stream.close()
+        with ExitStack() as streams:  # each of them is closed, whatever another one raises
+            for stream in (self.compute, self.to_host, self.to_device):
+                streams.callback(stream.close)
 
 
 class _Uploads:
