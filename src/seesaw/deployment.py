@@ -39,7 +39,9 @@ from seesaw.weights.sharding import Sharding, check_layout
 logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-_UNPROVEN = "device 'cuda': the parts of this version that drive GPUs have been tested without one; run scripts/gpu_check first"
+_UNPROVEN = (
+    "device 'cuda': what drives GPUs in this version was tested without one; run scripts/gpu_check first"
+)
 MAX_RUNNING = 256
 """Where nothing is said and nothing is searched for."""
 GPU_SHARE = 0.95
