@@ -79,6 +79,7 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
         "plan": "P2->T2",
         "ranks": 2,
         "device": "cpu",
+        "ranks_per_gpu": 1,
         "on_rank_loss": "stop",
         "device_memory": 64 << 20,
         "host_kv": 3 << 29,

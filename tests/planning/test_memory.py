@@ -76,7 +76,7 @@ def test_more_memory_never_gives_fewer_blocks(checkpoint: Path) -> None:
         ({"policy": "fifo"}, ConfigError, "choose one of"),
         ({"dtype": "int3"}, ConfigError, "choose one of"),
         ({"transition": "magic"}, ConfigError, "choose one of"),
-        ({"device": "tpu"}, ConfigError, "'cpu' only"),
+        ({"device": "tpu"}, ConfigError, "device 'tpu': 'cpu' and 'cuda' are supported"),
         ({"chunk": 0}, ConfigError, "at least 1"),
         ({"model": "nowhere"}, ModelError, "nowhere"),
     ],

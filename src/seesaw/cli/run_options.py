@@ -128,8 +128,10 @@ Ranks = Annotated[
     int | None, typer.Option(help="Number of ranks.", min=1, metavar="N", rich_help_panel=_ENGINE)
 ]
 Device = Annotated[
-    Literal["cpu", "cuda"],
-    typer.Option(help="What a rank computes on; cuda is NVIDIA GPUs.", rich_help_panel=_ENGINE),
+    str,
+    typer.Option(
+        help="What ranks compute on: cpu, or cuda (NVIDIA GPUs).", metavar="KIND", rich_help_panel=_ENGINE
+    ),
 ]
 RanksPerGpu = Annotated[
     int,
