@@ -16,7 +16,8 @@ from seesaw.core.errors import ConfigError
 from seesaw.core.layout import Plan
 from seesaw.core.model_spec import DTYPE_BYTES, ModelSpec
 from seesaw.core.units import parse_bytes
-from seesaw.deployment import Deployment, Options, resolve
+from seesaw.deployment import Deployment, resolve
+from seesaw.options import Options
 
 PEERS = ("TP1", "TP2", "PP2")
 """Layouts that `vllm` alone stands for: all that two cores have."""
