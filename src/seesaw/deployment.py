@@ -6,7 +6,6 @@ Everything here happens before any worker exists, so every refusal is one senten
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,7 +22,7 @@ from seesaw.core.layout import Layout, Plan
 from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec
 from seesaw.core.node import Place, load_node, places_on_cores
 from seesaw.core.units import format_bytes, parse_bytes
-from seesaw.device.gpus import Gpu, require_cuda_build, visible_gpus
+from seesaw.device.gpus import Gpu, default_ranks, require_cuda_build, visible_gpus
 from seesaw.models.hf_config import load_spec
 from seesaw.planning.at_hand import nominal_turn_costs, profile_at_hand
 from seesaw.planning.device_costs import DeviceCosts, costs_of
@@ -83,8 +82,8 @@ class Options:
     threads_per_rank: int = 1
     attention: str | None = None
     transport: str = "auto"
-    """How tensors travel between ranks: `auto`, `nccl` (a GPU for each rank), `shm`, `tcp` (ranks with addresses of
-    their own) or `gloo`; the last three go through host memory."""
+    """How tensors travel between ranks: `auto`, `nccl` (a GPU for each rank), `nccl-no-p2p` (the same, by way of host
+    memory), `shm`, `tcp` (ranks with addresses of their own) or `gloo`; the last three are not NCCL's."""
     node: str | None = None
     """A JSON file that places each rank in a network namespace, control groups and cores (`core.node`)."""
     start_timeout: float = 120.0
@@ -201,7 +200,8 @@ def limits_of(options: Options, device_memory: int, host_kv: int) -> Limits:
 def device_costs(options: Options) -> DeviceCosts:
     """What devices take beside the model. Ranks that share one, or talk through the host, have no communicators."""
     own = device_kind(options.device).transport
-    talk = own is not None and options.ranks_per_gpu == 1 and options.transport in ("auto", own)
+    asked = options.transport.partition("-")[0]  # `nccl-no-p2p` has communicators as well
+    talk = own is not None and options.ranks_per_gpu == 1 and asked in ("auto", own)
     return costs_of(options.device, collectives=talk)
 
 
@@ -269,7 +269,9 @@ def _check_weights(model: str, spec: ModelSpec) -> None:
 
 def _choose_plan(options: Options, spec: ModelSpec, gpus: Sequence[Gpu]) -> Plan:
     if options.plan == "auto":
-        ranks = default_ranks(options, gpus)
+        ranks = options.ranks or default_ranks(
+            options.device, threads=options.threads_per_rank, ranks_per_gpu=options.ranks_per_gpu, gpus=gpus
+        )
         plan = _default_plan(ranks, spec, options.policy)
     else:
         plan = Plan.parse(options.plan)
@@ -286,13 +288,6 @@ def find_gpus(options: Options) -> Sequence[Gpu]:
     require_cuda_build()
     logger.warning(_UNPROVEN)
     return visible_gpus()
-
-
-def default_ranks(options: Options, gpus: Sequence[Gpu]) -> int:
-    """As many as are asked for, or as the GPUs take; on the host, up to eight of its cores."""
-    if options.ranks is not None:
-        return options.ranks
-    return len(gpus) * options.ranks_per_gpu if gpus else min(8, len(os.sched_getaffinity(0)))
 
 
 def check_devices(places: Sequence[Place], gpus: Sequence[Gpu]) -> None:
