@@ -1,4 +1,4 @@
-"""What NCCL's transport opens is what the memory plan counts, and no order of the engine's messages can hang on it."""
+"""What NCCL's transport opens is what the memory plan counts, and no order of the engine's messages hangs on it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def said(plan: Plan) -> tuple[list[Members], list[Link]] | None:
 class Opened:
     """Stands for `torch.distributed`: notes the communicators of a rank, and whom it connects with over each."""
 
-    class group:
+    class group:  # noqa: N801  torch's name
         WORLD = "world"
 
     def __init__(self, rank: int, world: int) -> None:
@@ -162,7 +162,7 @@ Operation = tuple[str, Any]
 
 def programs(layout: Layout, forwards: int, ahead: int) -> list[list[Operation]]:
     """What each rank launches for decode steps of one micro-batch group, `ahead` of them under way at once, in the
-    order of `execution.stage`: tokens of an earlier Forward, hidden states in, the group's sums, and what goes out."""
+    order of `execution.stage`: tokens of an earlier Forward, hidden states in, the group's sums, what goes out."""
     found = said(Plan(layout, layout, separate=False))
     assert found is not None
     model = shape("Llama-3.1-8B")

@@ -122,8 +122,7 @@ class NcclTransport(TorchDistributed):
         super().close()
 
     def _way(self, link: Link) -> tuple[Any, int]:
-        source, destination, channel = link
-        return self._lanes[lane_of(source, destination)], 0
+        return self._lanes[lane_of(*link[:2])], 0
 
 
 def settle_environment(*, peer_to_peer: bool) -> list[str]:
