@@ -49,7 +49,8 @@ _WINDOW, _LONG_WINDOW = 0.002, 0.016
 """Seconds. The long one is for ranks in control groups: it lasts several periods of a quota that these may have, so
 that it holds its share of their pauses."""
 _AFTER_OTHERS = ("attention", "activations", "tiny")
-"""What is measured as it is found in a step: after an operator that needed the caches."""
+"""What is measured as it is found in a step: after an operator that needed the caches. Not on devices that run behind,
+where a call alone would be measured with its launch."""
 _IN_A_GRAPH = 32
 """How often tiny operators are in one graph."""
 _LEAD = 0.003
@@ -97,9 +98,10 @@ class Rank:
             )
             change = self._stack.enter_context(changes)
             return lambda span: told(change, span)
-        others = self._evicting(arguments["dtype"]) if op in _AFTER_OTHERS else None
+        behind = kind_of(self._config.device).runs_behind
+        others = self._evicting(arguments["dtype"]) if op in _AFTER_OTHERS and not behind else None
         calls, amount = self._calls(op, arguments)
-        if kind_of(self._config.device).runs_behind:
+        if behind:
             calls[0]()  # kernels are compiled and libraries loaded before time counts
             self._device.compute.record().wait()
         return lambda span: seconds_per_call(calls, self._config.device, span, others) / amount
