@@ -49,8 +49,8 @@ _WINDOW, _LONG_WINDOW = 0.002, 0.016
 """Seconds. The long one is for ranks in control groups: it lasts several periods of a quota that these may have, so
 that it holds its share of their pauses."""
 _AFTER_OTHERS = ("attention", "activations", "tiny")
-"""What is measured as it is found in a step: after an operator that needed the caches. Not on devices that run behind,
-where a call alone would be measured with its launch."""
+"""What is measured as it is found in a step: after an operator that needed the caches. Not on devices that run
+behind, where a call alone would be measured with its launch."""
 _IN_A_GRAPH = 32
 """How often tiny operators are in one graph."""
 _LEAD = 0.003
