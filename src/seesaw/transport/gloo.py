@@ -26,6 +26,7 @@ class GlooTransport:
     """
 
     name = "gloo"
+    capturable = False
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class NcclTransport:
     """
 
     name = "nccl"
+    capturable = True
 
     def __init__(
         self,
