@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Pool = WeakSet["FakeGraph"]
 
-_WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
+_WAITING = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
 """Operators that wait for the device."""
 _ROOM = ("aten::empty", "aten::new_empty")
 """Operators that allocate, and do nothing else."""
@@ -56,8 +56,17 @@ class FakeGraph:
             tensor.fill_(float("nan") if tensor.is_floating_point() else 99)
 
 
-class _Recording(TorchDispatchMode):
-    """Writes down what torch does."""
+class _Mode(TorchDispatchMode):
+    """Sees what torch does."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch would import its compiler, for seconds, to shield a mode from it."""
+        return False
+
+
+class _Recording(_Mode):
+    """Writes it down."""
 
     def __init__(self, graph: FakeGraph) -> None:
         super().__init__()
@@ -85,7 +94,7 @@ class _Recording(TorchDispatchMode):
         return result
 
 
-class Watching(TorchDispatchMode):
+class Watching(_Mode):
     """Tells the clocks of each access of torch to memory that is watched; for one thread."""
 
     def __init__(self, cuda: FakeCuda) -> None:

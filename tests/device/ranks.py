@@ -226,6 +226,7 @@ class ThreadExecutor(LocalExecutor):
             report(error)
 
     def _run(self, rank: int, report: Callable[[FromWorker], None]) -> None:
+        torch.set_num_threads(self._configs[rank].threads)
         cuda = self.watch.cuda
         device = CudaDevice("cpu", api=cuda, torch_device=torch.device("cpu"))
         worker = Worker(self._configs[rank], report, device)

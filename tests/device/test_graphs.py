@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,11 @@ import torch
 from torch import Tensor
 
 from seesaw.core.workspace import graph_batches
-from seesaw.device.base import CaptureError
 from seesaw.device.cuda import CudaDevice, CudaGraph, CudaGraphPool
-from seesaw.execution import graphs as graphs_module
-from seesaw.execution.graphs import DecodeGraphs, StaticInputs, Step, StepFields
-from seesaw.execution.stage import Stage
-from seesaw.execution.worker import Worker
-from tests.device.captures import FakeGraph
-from tests.device.races import FakeCuda, FakeStream
+from seesaw.execution.graphs import VARIABLE, StaticInputs, Step
+from tests.device.races import FakeStream
 from tests.device.ranks import captured
-from tests.device.test_order import MEMORY, answers
+from tests.device.test_order import answers
 
 Patch = pytest.MonkeyPatch
 
@@ -39,7 +35,7 @@ def noted(patch: Patch) -> list[tuple[int, int]]:
     return steps
 
 
-@pytest.mark.parametrize("plan", MEMORY)
+@pytest.mark.parametrize("plan", ["P2->T2", "P2->D2", "T2"])
 def test_a_job_by_graphs_gives_the_same_answers(plan: str, tmp_path: Path, monkeypatch: Patch) -> None:
     """Batches that grow and shrink, sequences of different lengths, KV that comes and goes beside the steps, weights
     that change in between: on every stage, on every rank of a group, with stages behind others."""
@@ -56,6 +52,91 @@ def test_a_job_by_graphs_gives_the_same_answers(plan: str, tmp_path: Path, monke
     assert len(set(watch.cuda.replays)) < 0.3 * len(steps)  # each is used many times
     if "->" in plan:
         assert stats.swapped_in_bytes
+
+
+def failing(patch: Patch, ranks: set[int], *, at: int) -> None:
+    """On these ranks the capture number `at` finds an operator that waits for the device."""
+    capture, tried = CudaGraphPool.capture, dict[str, int]()
+
+    def capturing(self: CudaGraphPool, work: Callable[[], object]) -> CudaGraph:
+        name = threading.current_thread().name
+        tried[name] = tried.get(name, -1) + 1
+        fails = name in {f"rank {rank}" for rank in ranks} and tried[name] == at
+        runs = []
+
+        def once() -> None:
+            work()
+            runs.append(None)
+            if fails and len(runs) == 2:
+                torch.zeros(1).item()
+
+        return capture(self, once)
+
+    patch.setattr(CudaGraphPool, "capture", capturing)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_what_cannot_be_captured_on_one_rank_runs_without_graphs_on_all(
+    at: int, tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The group agrees, or its collectives would never meet; the user is told once, by the rank that knows why."""
+    expected, _ = answers(tmp_path, "T2")
+    steps = noted(monkeypatch)
+    with captured(monkeypatch) as watch, caplog.at_level(logging.INFO, "seesaw.execution.graphs"):
+        failing(monkeypatch, {1}, at=at)
+        found, _ = answers(tmp_path, "T2")
+    assert found == expected and watch.cuda.races == set()
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 1, warnings
+    assert "cannot be captured (RuntimeError: CUDA error: operation not permitted" in warnings[0]
+    assert "SEESAW_CUDA_GRAPHS=0" in warnings[0]
+    assert sum("another rank of the group" in r.getMessage() for r in caplog.records) == 1
+    assert bool(steps) == (at == 1)
+    assert len(watch.cuda.replays) == len(steps)
+
+
+def test_a_capture_that_failed_is_not_tried_under_later_shardings(
+    tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, _ = answers(tmp_path, "P2->T2")
+    with captured(monkeypatch) as watch:
+        failing(monkeypatch, {0, 1}, at=0)
+        found, stats = answers(tmp_path, "P2->T2")
+    assert found == expected and not watch.cuda.replays
+    assert len(stats.transitions) > 2  # decode begins more than once
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 2  # one of each rank
+
+
+def test_the_environment_turns_graphs_off(tmp_path: Path, monkeypatch: Patch) -> None:
+    expected, _ = answers(tmp_path, "T2")
+    monkeypatch.setenv(VARIABLE, "0")
+    with captured(monkeypatch) as watch:
+        assert answers(tmp_path, "T2")[0] == expected
+    assert not watch.cuda.replays
+
+
+@pytest.mark.parametrize(("transition", "memory"), [("resident", "420KiB"), ("delta", "300KiB")])
+def test_graphs_go_with_the_weights_they_were_captured_over(
+    transition: str, memory: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Weights that stay resident keep their graphs; others must be free before a transition takes their memory,
+    which the worker checks by its ledger."""
+    pools: list[CudaGraphPool] = []
+    make = CudaDevice.graph_pool
+
+    def graph_pool(self: CudaDevice) -> CudaGraphPool:
+        pools.append(make(self))
+        return pools[-1]
+
+    options = {"transition": transition, "device_memory": memory}
+    expected, _ = answers(tmp_path, "P2->T2", **options)
+    with captured(monkeypatch) as watch:
+        monkeypatch.setattr(CudaDevice, "graph_pool", graph_pool)
+        found, stats = answers(tmp_path, "P2->T2", **options)
+    assert found == expected and watch.cuda.races == set()
+    phases = (len(stats.transitions) + 1) // 2
+    assert phases > 1 and watch.cuda.replays
+    assert len(pools) == (2 if transition == "resident" else 2 * phases)
 
 
 # ---- mistakes in the order of work -------------------------------------------------------------------------------

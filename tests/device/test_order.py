@@ -26,10 +26,10 @@ MEMORY = {"T1->T1": "400KiB", "P2->T2": "300KiB", "P2->D2": "400KiB", "T2": "250
 Patch = pytest.MonkeyPatch
 
 
-def answers(folder: Path, plan: str) -> tuple[list[list[int]], EngineStats]:
+def answers(folder: Path, plan: str, **changes: Any) -> tuple[list[list[int]], EngineStats]:
     """Tokens of all prompts under `plan`."""
     (folder / "config.json").write_text(json.dumps(SHAPE))
-    options: dict[str, Any] = {**SMALL, "device_memory": MEMORY[plan], "host_kv": "96KiB"}
+    options: dict[str, Any] = {**SMALL, "device_memory": MEMORY[plan], "host_kv": "96KiB"} | changes
     with LLM(str(folder), plan=plan, tokenizer=False, attention="torch", **options) as llm:
         outputs = llm.generate(PROMPTS, SAMPLING)
         return [list(output.outputs[0].token_ids) for output in outputs], llm.stats()
