@@ -75,7 +75,7 @@ def failing(patch: Patch, ranks: set[int], *, at: int) -> None:
     patch.setattr(CudaGraphPool, "capture", capturing)
 
 
-@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("at", [0, 2])
 def test_what_cannot_be_captured_on_one_rank_runs_without_graphs_on_all(
     at: int, tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -91,7 +91,7 @@ def test_what_cannot_be_captured_on_one_rank_runs_without_graphs_on_all(
     assert "cannot be captured (RuntimeError: CUDA error: operation not permitted" in warnings[0]
     assert "SEESAW_CUDA_GRAPHS=0" in warnings[0]
     assert sum("another rank of the group" in r.getMessage() for r in caplog.records) == 1
-    assert bool(steps) == (at == 1)
+    assert bool(steps) == (at > 0)
     assert len(watch.cuda.replays) == len(steps)
 
 

@@ -207,8 +207,8 @@ class DecodeGraphs:
         return Step(self._static.hidden[:count], self._graphs[size])
 
     def finish(self) -> None:
-        """Wait until no replay is under way, so that graphs may go."""
-        if self._graphs:
+        """Wait until no replay is under way, so that graphs may go, unless they stay."""
+        if self._graphs and not self._rank.keep:
             self._rank.device.compute.record().wait()
 
     def _make(self, size: int) -> bool:
@@ -255,7 +255,7 @@ class DecodeGraphs:
 
     def _give_up(self, size: int, said: str) -> None:
         """Run without graphs from here on, under later shardings as well."""
-        self.finish()
+        self._rank.device.compute.record().wait()  # a replay of the step before may be under way
         self._graphs.clear()
         self._static, self._off = None, True
         self._rank.wanted = False
@@ -292,7 +292,7 @@ class RankGraphs:
         self.wanted = _wanted()
         """Whether to try: not if the user does not want to, nor when it failed once."""
         self._static = blocks, hidden, dtype, block_size
-        self._keep = keep
+        self.keep = keep
         self._kept: DecodeGraphs | None = None
 
     def of(
@@ -311,7 +311,7 @@ class RankGraphs:
         if pool is None:
             return None
         graphs = DecodeGraphs(self, pool, layers, group, willing=self.wanted and attention_capturable)
-        if self._keep:
+        if self.keep:
             self._kept = graphs
         return graphs
 

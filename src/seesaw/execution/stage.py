@@ -97,6 +97,8 @@ class Stage:
         self._graphs: DecodeGraphs | None = None
         if graphs is not None:
             self._graphs = graphs.of(self._layers, group, attention_capturable=attention.capturable)
+        self._ready_graphs: DecodeGraphs | None = None
+        """`_graphs` from the second Forward on."""
         self._slots = SlotTables(block_size, device)
         self._links = PipelineLinks(view, group.transport, device.torch)
         self._operators = operators
@@ -150,8 +152,13 @@ class Stage:
                 self._sampler.open(opened.slot, opened.sampling)
 
     def _prepare(self, forward: Forward) -> Inputs | Step:
-        """The batch on the device: where a graph reads it, if this is to be run as one."""
-        step = None if self._graphs is None else self._graphs.prepare(forward, self._slots)
+        """The batch on the device: where a graph reads it, if this is to be run as one.
+
+        The first Forward is not: what a stage needs may come with its first pass, which is the same one on all
+        ranks of the group.
+        """
+        graphs, self._ready_graphs = self._ready_graphs, self._graphs
+        step = None if graphs is None else graphs.prepare(forward, self._slots)
         return self._slots.inputs(forward) if step is None else step
 
     def _compute(self, inputs: Inputs | Step, after_attention: Callable[[int], None] | None) -> Tensor:
