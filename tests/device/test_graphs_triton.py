@@ -32,10 +32,10 @@ class OneAtATime(TritonAttention):
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of padded rows, which are not stored
 def test_padded_steps_give_the_same_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, _ = answers(tmp_path, "P2->D2", prompts=3, tokens=4)
+    expected, _ = answers(tmp_path, "P2->T2", prompts=3, tokens=4)
     steps = noted(monkeypatch)
     with captured(monkeypatch, attention=OneAtATime(1)) as watch:
-        found, _ = answers(tmp_path, "P2->D2", prompts=3, tokens=4)
+        found, _ = answers(tmp_path, "P2->T2", prompts=3, tokens=4)
     assert found == expected
     assert len(watch.cuda.replays) == len(steps) > 2
     assert any(count < size for count, size in steps)

@@ -174,8 +174,8 @@ class DecodeGraphs:
     """Decode steps of a rank under one sharding.
 
     The largest batch is captured when the first step comes, since it makes the pool: what smaller ones compute on the
-    way fits into its memory. The others are captured when a step first needs them: a job uses but some of the ladder
-    between two transitions, and most graphs go with a transition. Stages that only prefill have none.
+    way fits into its memory. The others are captured when a step first needs them: between two transitions a job uses
+    but some of the ladder, and a transition that is not `resident` ends all graphs.
     """
 
     def __init__(
