@@ -37,5 +37,5 @@ def test_padded_steps_give_the_same_answers(tmp_path: Path, monkeypatch: pytest.
     with captured(monkeypatch, attention=OneAtATime(1)) as watch:
         found, _ = answers(tmp_path, "P2->T2", prompts=3, tokens=4)
     assert found == expected
-    assert len(watch.cuda.replays) == len(steps) > 2
+    assert len(watch.cuda.replays) == len(steps) > 0
     assert any(count < size for count, size in steps)
