@@ -158,6 +158,8 @@ def _worker_config(
         block_size=options.block_size,
         weight_budget=memory.weights[rank],
         device_blocks=list(memory.device_blocks[: len(shardings)]),
+        max_running=deployment.scheduler.max_running,
+        max_model_len=deployment.scheduler.max_model_len,
         host_blocks=memory.host_blocks,
         host_buffer_fd=-1 if host_buffer is None else host_buffer.fd,
         store_path=options.model if store is None else store.source.path,

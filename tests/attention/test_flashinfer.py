@@ -81,3 +81,12 @@ def test_a_captured_batch_goes_to_triton(
     monkeypatch.setattr("seesaw.attention.flashinfer_backend._capturing", lambda q: True)
     Case([20], [1], head_dim=64, dtype=torch.bfloat16).check(backend)
     assert not double.BatchDecodeWithPagedKVCacheWrapper.plans
+
+
+def test_a_padded_batch_goes_to_triton_before_it_is_captured(backend: FlashInferAttention) -> None:
+    """Else a capture would be the first to compile what it holds."""
+    case = Case([20], [1], head_dim=64, dtype=torch.bfloat16)
+    batch = case.batch
+    case.batch = lambda *x: dataclasses.replace(batch(*x), padded=True, host_lengths=None)  # type: ignore[method-assign]
+    case.check(backend)
+    assert not double.BatchDecodeWithPagedKVCacheWrapper.plans

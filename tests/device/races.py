@@ -9,14 +9,17 @@ either order, or at once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from tests.device.captures import FakeGraph, capture
 
 _MOST_ACTORS = 64
 Clock = npt.NDArray[np.int64]
@@ -119,6 +122,10 @@ class Memory:
             else:
                 self._read[actor.number, rows] = actor.clock[actor.number]
 
+    def touch_all(self, *, write: bool, what: str) -> None:
+        """All of it."""
+        self.touch(np.arange(len(self._writer)), write=write, what=what)
+
 
 class FakeCuda:
     """See `seesaw.device.cuda.CudaApi`. One for all ranks of a test."""
@@ -128,6 +135,8 @@ class FakeCuda:
         self.actors: list[Actor] = []
         self.races: set[str] = set()
         """What was not ordered, once for each pair of actors."""
+        self.replays: list[int] = []
+        """Numbers of graphs, as often as they were launched."""
         self._local = threading.local()
 
     # ---- what is used of torch.cuda -----------------------------------------------------------------------
@@ -159,6 +168,49 @@ class FakeCuda:
 
     def set_device(self, device: torch.device) -> None:
         """Each thread has one."""
+
+    def CUDAGraph(self) -> FakeGraph:  # noqa: N802  torch's name
+        """A new graph."""
+        return FakeGraph(self)
+
+    def graph_pool_handle(self) -> WeakSet[FakeGraph]:
+        """A new pool."""
+        return WeakSet()
+
+    def graph(
+        self, graph: FakeGraph, *, pool: WeakSet[FakeGraph], stream: FakeStream, capture_error_mode: str
+    ) -> AbstractContextManager[None]:
+        """See `captures`; torch waits for the whole device first."""
+        assert capture_error_mode == "thread_local"  # others would make of a wait in another thread an error
+        stream.synchronize()
+        return capture(self, graph, pool, stream)
+
+    def memory_reserved(self, device: torch.device) -> int:
+        """Of a GPU."""
+        return 0
+
+    # ---- kernels that are none of torch's operators -------------------------------------------------------
+
+    def kernel(self, run: Callable[[], object]) -> None:
+        """Launch it; a captured one runs at replays alone, on what its tensors hold then."""
+        graph = getattr(self._local, "recorded", None)
+        if graph is None:
+            run()
+        else:
+            graph.calls.append(run)
+
+    def capturing(self) -> bool:
+        """Whether this thread is."""
+        return getattr(self._local, "recorded", None) is not None
+
+    @contextmanager
+    def recording(self, graph: FakeGraph) -> Iterator[None]:
+        """What this thread launches is captured."""
+        self._local.recorded = graph
+        try:
+            yield
+        finally:
+            self._local.recorded = None
 
     # ---- clocks -------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -14,15 +14,19 @@ import pytest
 import torch
 
 from seesaw import launch
-from seesaw.attention.base import AttentionBatch
+from seesaw.attention.base import AttentionBackend, AttentionBatch
 from seesaw.attention.torch_backend import TorchAttention
 from seesaw.device.cuda import CudaDevice
+from seesaw.execution import graphs as graphs_module
 from seesaw.execution import kv_copies
 from seesaw.execution import worker as worker_module
 from seesaw.execution.local import LocalExecutor, _Rank
 from seesaw.execution.messages import FromWorker, Ready, Shutdown, ToWorker
 from seesaw.execution.worker import Worker
 from seesaw.kv import transfers
+from seesaw.ops.torch_ops import TorchOperators
+from seesaw.transport.base import Members, Transport
+from tests.device.captures import Watching
 from tests.device.races import Clock, FakeCuda, Memory, Rows
 
 TIMEOUT = 60.0
@@ -36,6 +40,22 @@ class Watch:
         self._pools = threading.local()
         self._host: Memory | None = None
         self._lock = threading.Lock()
+        self.graphs = False
+        """Whether decode steps are captured."""
+
+    def watching(self) -> Any:
+        """In which a rank's thread runs: then torch tells what it reads and writes of a graph's inputs."""
+        if not self.graphs:
+            return nullcontext()
+        self._pools.torch = Watching(self.cuda)
+        return self._pools.torch
+
+    def attach_static(self, static: graphs_module.StaticInputs) -> None:
+        """Watch the inputs of this rank's graphs, each as a whole."""
+        for name in ("_words", "_tables", "hidden"):
+            tensor = getattr(static, name)
+            row = tensor.numel() * tensor.element_size()
+            self._pools.torch.watch(Memory(self.cuda, f"static {name}", tensor, row), tensor)
 
     def attach(self, worker: Worker) -> None:
         """Watch the pool of a rank, by the thread that is to run it, and the host buffer of all of them."""
@@ -114,6 +134,66 @@ def _token_rows(memory: Memory, pool_layer: torch.Tensor, slots: Rows) -> Rows:
     return memory.rows_from(pool_layer.data_ptr(), offsets.reshape(-1))
 
 
+class CapturedAttention:
+    """A backend that can be captured: what `inner` does with a batch is one kernel, which leaves padding out."""
+
+    name, capturable = "captured", True
+
+    def __init__(self, cuda: FakeCuda, inner: AttentionBackend, *, pads: bool = False) -> None:
+        """`pads`: whether `inner` can leave padding out itself."""
+        self._cuda, self._inner, self._pads = cuda, inner, pads
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pool_layer: torch.Tensor,
+        batch: AttentionBatch,
+        **options: Any,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        if not batch.padded:
+            return self._inner.attend(q, k, v, pool_layer, batch, **options)
+        assert batch.max_query == 1 and not batch.fresh and batch.host_lengths is None
+        out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
+
+        def run() -> None:
+            count = len(q) if self._pads else int(batch.query_starts[-1])
+            assert bool((batch.slot_mapping[int(batch.query_starts[-1]) :] == -1).all())
+            real = AttentionBatch(
+                query_starts=batch.query_starts[: count + 1],
+                context_starts=batch.context_starts[:count],
+                block_tables=batch.block_tables[:count],
+                slot_mapping=batch.slot_mapping[:count],
+                max_query=1,
+                padded=self._pads,
+            )
+            out.fill_(float("nan"))
+            if count:
+                out[:count] = self._inner.attend(q[:count], k[:count], v[:count], pool_layer, real, **options)
+
+        self._cuda.kernel(run)
+        return out
+
+
+class CapturedTransport:
+    """A transport whose all-reduces can be captured."""
+
+    capturable = True
+
+    def __init__(self, cuda: FakeCuda, inner: Transport) -> None:
+        self._cuda, self._inner = cuda, inner
+
+    def all_reduce(self, x: torch.Tensor, members: Members) -> torch.Tensor:
+        """See `Transport.all_reduce`."""
+        self._cuda.kernel(lambda: self._inner.all_reduce(x, members))
+        return x
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
 class ThreadExecutor(LocalExecutor):
     """Ranks as threads. Messages carry what their sender has seen."""
 
@@ -140,20 +220,26 @@ class ThreadExecutor(LocalExecutor):
             self._reports.put((cuda.seen(), message))
 
         try:
-            device = CudaDevice("cpu", api=cuda, torch_device=torch.device("cpu"))
-            worker = Worker(self._configs[rank], report, device)
-            self.watch.attach(worker)
-            report(worker.ready())
-            while True:
-                clock, data = self._inboxes[rank].get()
-                cuda.join(clock)
-                message = msgspec.msgpack.decode(data, type=ToWorker)
-                worker.handle(message)
-                if isinstance(message, Shutdown):
-                    worker.close()
-                    return
+            with self.watch.watching():
+                self._run(rank, report)
         except BaseException as error:
             report(error)
+
+    def _run(self, rank: int, report: Callable[[FromWorker], None]) -> None:
+        torch.set_num_threads(self._configs[rank].threads)
+        cuda = self.watch.cuda
+        device = CudaDevice("cpu", api=cuda, torch_device=torch.device("cpu"))
+        worker = Worker(self._configs[rank], report, device)
+        self.watch.attach(worker)
+        report(worker.ready())
+        while True:
+            clock, data = self._inboxes[rank].get()
+            cuda.join(clock)
+            message = msgspec.msgpack.decode(data, type=ToWorker)
+            worker.handle(message)
+            if isinstance(message, Shutdown):
+                worker.close()
+                return
 
     def _send(self, ranks: Iterable[int], message: ToWorker) -> None:
         data = msgspec.msgpack.encode(message)
@@ -200,4 +286,28 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         patch.setattr(kv_copies, "swap_in", told(transfers.swap_in, out=False))
         patch.setattr(worker_module, "create_attention", lambda *_, **__: WatchedAttention(watch))
         patch.setattr(launch, "LocalExecutor", type("Watched", (ThreadExecutor,), {"watch": watch}))
+        yield watch
+
+
+@contextmanager
+def captured(
+    monkeypatch: pytest.MonkeyPatch, *, attention: AttentionBackend | None = None
+) -> Iterator[Watch]:
+    """The same with ranks that capture their decode steps, with `attention`, which leaves padding out by itself, or
+    with one that is watched."""
+    with watched(monkeypatch) as watch, monkeypatch.context() as patch:
+        watch.graphs = True
+        inner = attention or WatchedAttention(watch)
+        backend = CapturedAttention(watch.cuda, inner, pads=attention is not None)
+        connect, make = Worker._connect, graphs_module.RankGraphs.static_inputs
+
+        def static(self: graphs_module.RankGraphs) -> graphs_module.StaticInputs:
+            made = make(self)
+            watch.attach_static(made)
+            return made
+
+        patch.setattr(worker_module, "create_attention", lambda *_, **__: backend)
+        patch.setattr(worker_module, "create_operators", lambda *_, **__: TorchOperators())
+        patch.setattr(Worker, "_connect", lambda self: CapturedTransport(watch.cuda, connect(self)))
+        patch.setattr(graphs_module.RankGraphs, "static_inputs", static)
         yield watch

@@ -22,7 +22,7 @@ class Recorded:
 
     def __init__(self, inner: Transport, rank: int, groups: set[Members], links: set[Link]) -> None:
         self._inner, self._rank, self._groups, self._links = inner, rank, groups, links
-        self.name = inner.name
+        self.name, self.capturable = inner.name, inner.capturable
 
     def all_reduce(self, x: Tensor, members: Members) -> Tensor:
         self._groups.add(members)

@@ -18,7 +18,6 @@ from tests.device.ranks import watched
 from tests.engine.small_node import CONFIG, SMALL
 
 PROMPTS = [[3 + (7 * i + 3 * j) % 250 for j in range(20 + 5 * i)] for i in range(8)]
-SAMPLING = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 SHAPE: dict[str, Any] = {**CONFIG, "num_hidden_layers": 2}
 MEMORY = {"T1->T1": "400KiB", "P2->T2": "300KiB", "P2->D2": "400KiB", "T2": "250KiB"}
 """So narrow that sequences are swapped out and weights change more than once."""
@@ -26,12 +25,15 @@ MEMORY = {"T1->T1": "400KiB", "P2->T2": "300KiB", "P2->D2": "400KiB", "T2": "250
 Patch = pytest.MonkeyPatch
 
 
-def answers(folder: Path, plan: str) -> tuple[list[list[int]], EngineStats]:
-    """Tokens of all prompts under `plan`."""
+def answers(
+    folder: Path, plan: str, prompts: int = len(PROMPTS), tokens: int = 20, **changes: Any
+) -> tuple[list[list[int]], EngineStats]:
+    """So many tokens of so many prompts under `plan`."""
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     (folder / "config.json").write_text(json.dumps(SHAPE))
-    options: dict[str, Any] = {**SMALL, "device_memory": MEMORY[plan], "host_kv": "96KiB"}
+    options: dict[str, Any] = {**SMALL, "device_memory": MEMORY[plan], "host_kv": "96KiB"} | changes
     with LLM(str(folder), plan=plan, tokenizer=False, attention="torch", **options) as llm:
-        outputs = llm.generate(PROMPTS, SAMPLING)
+        outputs = llm.generate(PROMPTS[:prompts], sampling)
         return [list(output.outputs[0].token_ids) for output in outputs], llm.stats()
 
 

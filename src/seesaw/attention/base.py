@@ -33,6 +33,10 @@ class AttentionBatch:
     """Most queries of a sequence."""
     fresh: bool = False
     """Whether every new token has a query and no sequence has a token before them: K and V beside q are all."""
+    padded: bool = False
+    """Whether it is a batch of a CUDA graph, or of a step that makes one ready: the last sequences may have no query
+    (Q is more than `query_starts` says then, and those rows of the result may be anything) and negative slots. Only
+    `capturable` backends get such batches, and do nothing for them that a graph cannot hold."""
     host_lengths: tuple[IntArray, IntArray] | None = None
     """Queries and context start of each sequence, `[B]` each, for backends that plan on the host. A batch without
     them makes such a backend wait for the device."""
@@ -44,7 +48,7 @@ class AttentionBackend(Protocol):
     name: str
     capturable: bool
     """Whether a CUDA graph can hold calls with a `max_query` of 1, and serve whatever the tensors of the batch hold
-    when it is replayed. Such a backend writes nothing for a negative slot, so that a batch can be padded."""
+    when it is replayed. Such a backend serves batches that are `padded`."""
 
     def attend(
         self,

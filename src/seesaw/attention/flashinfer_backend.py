@@ -37,7 +37,7 @@ class FlashInferAttention:
     """FlashInfer's paged kernels over the pool as it is: an HND page whose strides skip the other layers.
 
     FlashInfer divides a batch among the SMs on the host, once for a batch and kind of window, at the first layer
-    that needs it. That cannot be captured in a CUDA graph: a captured batch is served by `own`, as are types that
+    that needs it. That cannot be captured in a CUDA graph: a batch of a graph is served by `own`, as are types that
     FlashInfer lacks. How it divides depends on the whole batch; so the last bits of a result may, too.
     """
 
@@ -64,7 +64,7 @@ class FlashInferAttention:
         window: int | None,
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
-        if not len(q) or not _serves(q, pool_layer) or _capturing(q):
+        if not len(q) or batch.padded or not _serves(q, pool_layer) or _capturing(q):
             return self._own.attend(q, k, v, pool_layer, batch, scale=scale, window=window)
         triton_decode.store_tokens(k, v, pool_layer, batch.slot_mapping)
         wrapper = self._wrapper(q, pool_layer, batch, scale, window)

@@ -54,6 +54,41 @@ class Stream(Protocol):
         ...
 
 
+class Graph(Protocol):
+    """Work that was captured: the same kernels on the same memory, to be launched as one."""
+
+    def replay(self) -> None:
+        """Launch it on `compute`, behind everything launched there so far; the host does not wait."""
+        ...
+
+
+class GraphPool(Protocol):
+    """Captures work of the compute stream. What it computes on the way lies in memory that all graphs of the pool
+    share, so a replay leaves of another one's nothing but what that wrote to memory from outside.
+
+    A graph holds addresses and no tensors: whoever captures keeps all memory from outside as it is for as long as the
+    graph lives, and drops graphs and pool only when no replay is under way.
+    """
+
+    @property
+    def bytes(self) -> int:
+        """Of the shared memory."""
+        ...
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """A graph of `work`, which is called twice: it is done once, to compile and to load what it needs, and then
+        captured without being done. Waits for the device.
+
+        `work` neither waits for the device nor asks it for anything, and uses no stream but the current one. What
+        fails when it is done is raised as it is; `CaptureError` if it cannot be captured.
+        """
+        ...
+
+
+class CaptureError(Exception):
+    """Work cannot be captured, though it can be done. The message is what the device's library said."""
+
+
 class Device(Protocol):
     """One rank's device. Made after forking, by the thread that computes."""
 
@@ -89,6 +124,10 @@ class Device(Protocol):
 
     def download(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor` in host memory, whole when `compute` has done what was launched so far."""
+        ...
+
+    def graph_pool(self) -> GraphPool | None:
+        """A new one; None where launching costs nothing that a graph could save."""
         ...
 
     def close(self) -> None:

@@ -156,6 +156,9 @@ class CpuDevice:
         """See `Device.download`; it is `tensor` itself."""
         return tensor
 
+    def graph_pool(self) -> None:
+        """See `Device.graph_pool`; work is done where it is launched, and there is nothing to save."""
+
     def close(self) -> None:
         """See `Device.close`."""
         self.to_host.close()

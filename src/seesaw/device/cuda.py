@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seesaw.device.base import Array, Event
+from seesaw.device.base import Array, CaptureError, Event
 
 _ALIGNMENT = 16
 """Bytes; of each array in an upload, so that kernels may read vectors."""
@@ -28,7 +28,11 @@ class CudaApi(Protocol):
 
     Stream: Callable[..., Any]
     Event: Callable[..., Any]
+    CUDAGraph: Callable[..., Any]
+    graph: Callable[..., AbstractContextManager[Any]]
 
+    def graph_pool_handle(self) -> Any: ...
+    def memory_reserved(self, device: torch.device) -> int: ...
     def stream(self, stream: Any) -> AbstractContextManager[Any]: ...
     def current_stream(self, device: torch.device) -> Any: ...
     def set_device(self, device: torch.device) -> None: ...
@@ -126,6 +130,7 @@ class CudaDevice:
         self.to_host = CudaStream(self._api, self._api.Stream(self.torch), "to-host")
         self.to_device = CudaStream(self._api, self._api.Stream(self.torch), "to-device")
         self._uploads = _Uploads(self.compute, self.torch)
+        self._capturing: Any = None
 
     def upload(self, arrays: Sequence[Array]) -> list[Tensor]:
         """See `Device.upload`."""
@@ -138,11 +143,75 @@ class CudaDevice:
         )
         return copy.copy_(tensor, non_blocking=True)
 
+    def graph_pool(self) -> CudaGraphPool:
+        """See `Device.graph_pool`. All capture on one stream, for which libraries keep workspaces."""
+        if self._capturing is None:
+            self._capturing = self._api.Stream(self.torch)
+        return CudaGraphPool(self._api, self.compute, self._capturing, self.torch)
+
     def close(self) -> None:
         """See `Device.close`."""
         with ExitStack() as streams:  # each of them is closed, whatever another one raises
             for stream in (self.compute, self.to_host, self.to_device):
                 streams.callback(stream.close)
+
+
+class CudaGraph:
+    """See `Graph`."""
+
+    __slots__ = ("_native", "_stream")
+
+    def __init__(self, stream: CudaStream, native: Any) -> None:
+        self._stream, self._native = stream, native
+
+    def replay(self) -> None:
+        """See `Graph.replay`."""
+        self._stream.launch(self._native.replay)
+
+
+class CudaGraphPool:
+    """See `GraphPool`. Its memory goes with the last of its graphs."""
+
+    def __init__(self, api: CudaApi, compute: CudaStream, native: Any, device: torch.device) -> None:
+        """Captures on the stream `native`, for `compute`."""
+        self._api, self._compute, self._native, self._device = api, compute, native, device
+        self._handle = api.graph_pool_handle()
+        self.bytes = 0
+
+    def capture(self, work: Callable[[], object]) -> CudaGraph:
+        """See `GraphPool.capture`.
+
+        Work is done on the stream that captures, behind all that was launched, since matrix libraries make their
+        workspace for each stream at first use. Other threads go on waiting for events meanwhile: hence
+        `thread_local`, by which their calls do not spoil a capture.
+        """
+        graph = self._api.CUDAGraph()
+        self._native.wait_event(self._compute.record().native)
+        with self._api.stream(
+            self._native
+        ):  # whatever a capture that fails leaves, the stream before is back
+            work()
+            try:
+                with self._api.graph(
+                    graph, pool=self._handle, stream=self._native, capture_error_mode="thread_local"
+                ):
+                    before = self._api.memory_reserved(self._device)
+                    work()
+            except RuntimeError as error:  # torch's own errors are all of this kind
+                raise CaptureError(_first_cause(error)) from error
+            self.bytes += self._api.memory_reserved(self._device) - before
+            done = self._api.Event(enable_timing=False, blocking=True)
+            done.record(self._native)
+        self._compute.native.wait_event(done)
+        return CudaGraph(self._compute, graph)
+
+
+def _first_cause(error: BaseException) -> str:
+    """In one line. Where a capture fails, torch raises again at its end, with less to say."""
+    while error.__context__ is not None:
+        error = error.__context__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class _Uploads:

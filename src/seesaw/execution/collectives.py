@@ -24,6 +24,12 @@ class TensorParallelGroup:
         """Sum `x` over the ranks, in place."""
         return self.transport.all_reduce(x, self.view.tp_ranks)
 
+    def agree(self, mine: bool, device: torch.device) -> bool:
+        """Whether it holds on every rank. The host waits for them, and for its own `device`."""
+        if len(self.view.tp_ranks) == 1:
+            return mine
+        return not self.all_reduce(torch.tensor([float(not mine)], device=device)).item()
+
     def gather_logits(self, local: Tensor, widths: list[int]) -> Tensor | None:
         """Logits `[M, vocab]` on tensor-parallel index 0 from `[M, widths[i]]` on index i; None elsewhere."""
         if len(widths) == 1:
@@ -77,8 +83,11 @@ class PipelineLinks:
 
     def receive_hidden(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """Hidden states `[rows, width]` from the previous stage."""
+        return self.fill_hidden(torch.empty(rows, width, dtype=dtype, device=self.device))
+
+    def fill_hidden(self, hidden: Tensor) -> Tensor:
+        """Hidden states from the previous stage, into `hidden` `[rows, width]`."""
         assert self.view.previous_rank is not None
-        hidden = torch.empty(rows, width, dtype=dtype, device=self.device)
         return self.transport.receive(hidden, self.view.previous_rank, HIDDEN)
 
     def send_tokens(self, tokens: Tensor) -> None:

@@ -46,6 +46,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Most bytes of weights this rank may hold at any time, as the memory plan has it."""
     device_blocks: list[int]
     """Blocks of the device pool under each sharding."""
+    max_running: int
+    """Most sequences of a replica at once."""
+    max_model_len: int
+    """Most tokens of a sequence."""
     host_blocks: int
     host_buffer_fd: int
     """The host buffer's descriptor in the control process; -1 for none."""

@@ -14,6 +14,7 @@ from seesaw.core.actions import FEEDBACK, Forward
 
 if TYPE_CHECKING:
     from seesaw.device.base import Array, Device
+    from seesaw.execution.graphs import StaticInputs
 
 Lengths = tuple[IntArray, IntArray]
 """New tokens and cached ones, by sequence."""
@@ -94,6 +95,17 @@ class SlotTables:
             ]
         tensors = self._device.upload(arrays)
         return self._inputs(tensors, (counts, starts), asking, fed_back=forward.feedback_from >= 0)
+
+    def fill(self, forward: Forward, static: StaticInputs, size: int, *, tokens: bool) -> None:
+        """Put a decode step, padded to `size` sequences, where captured graphs read it; FEEDBACK is replaced, if
+        anybody reads the `tokens`."""
+        slots = np.asarray(forward.slots, dtype=np.int64)
+        positions = np.asarray(forward.starts, dtype=np.int64)
+        width = int(positions.max()) // self._block_size + 1
+        ids, places = static.fill(size, forward.tokens, positions, self._blocks[slots, :width], slots)
+        if tokens and forward.feedback_from >= 0:
+            # outside of the graph, since `_latest` moves when it grows
+            torch.where(ids == FEEDBACK, self._latest.index_select(0, places), ids, out=ids)
 
     def _inputs(
         self, tensors: list[Tensor], lengths: Lengths, asking: Lengths | None, *, fed_back: bool

@@ -17,6 +17,7 @@ from seesaw.core.model_spec import ModelSpec
 from seesaw.core.workspace import logit_rows
 from seesaw.device.base import Device
 from seesaw.execution.collectives import PipelineLinks, TensorParallelGroup
+from seesaw.execution.graphs import DecodeGraphs, RankGraphs, Step
 from seesaw.execution.sampler import Sampler, SampleResult
 from seesaw.execution.slots import Inputs, SlotTables
 from seesaw.kv.device_pool import DevicePool
@@ -42,6 +43,31 @@ class _PagedAttend:
         return self.backend.attend(q, k, v, pool_layer, batch, scale=scale, window=window)
 
 
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """`graphs.Layers`: the decoder over the device pool, which is all of a stage that a decode graph refers to."""
+
+    decoder: Decoder
+    backend: AttentionBackend
+    pool: DevicePool
+    spec: ModelSpec
+    first_layer: int
+
+    def __call__(
+        self, inputs: Inputs, received: Tensor | None, after_attention: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """What leaves the stage: hidden states of all tokens, or on the last one of those to be sampled."""
+        hidden = self.decoder.embed(inputs.tokens) if received is None else received
+        attend = _PagedAttend(self.backend, self.pool, self.spec, self.first_layer, inputs)
+        return self.decoder.layers(
+            hidden,
+            inputs.positions,
+            attend,
+            after_attention=after_attention,
+            sampled_rows=inputs.sampled_rows,
+        )
+
+
 class Stage:
     """The model part, slot tables and links of a rank under one sharding; a transition makes a new one."""
 
@@ -59,13 +85,20 @@ class Stage:
         operators: Operators,
         block_size: int,
         device: Device,
+        graphs: RankGraphs | None = None,
     ) -> None:
+        """`graphs` if decode steps may be captured."""
         self.view = view
         self._device = device
         self._spec, self._dtype, self._group = spec, dtype, group
         self._vocab_widths = vocab_widths
         self._decoder = Decoder(spec, view, weights, group, operators)
-        self._pool, self._attention = pool, attention
+        self._layers = _Layers(self._decoder, attention, pool, spec, view.layers.start)
+        self._graphs: DecodeGraphs | None = None
+        if graphs is not None:
+            self._graphs = graphs.of(self._layers, group, attention_capturable=attention.capturable)
+        self._ready_graphs: DecodeGraphs | None = None
+        """`_graphs` from the second Forward on."""
         self._slots = SlotTables(block_size, device)
         self._links = PipelineLinks(view, group.transport, device.torch)
         self._operators = operators
@@ -86,7 +119,7 @@ class Stage:
         with torch.inference_mode():
             if self.view.first_stage and forward.feedback_from >= 0:
                 self._receive_tokens(until=forward.feedback_from)
-            inputs = self._slots.inputs(forward)
+            inputs = self._prepare(forward)
             prepared = time.perf_counter()
             hidden = self._compute(inputs, after_attention)
             if not self.view.last_stage:
@@ -100,9 +133,11 @@ class Stage:
             return partial(_report, forward.id, tokens, result.logprobs, prepared - started)
 
     def finish(self) -> None:
-        """Take in and send out whatever is still between the stages."""
+        """Take in and send out whatever is still between the stages. The stage may go then."""
         self._receive_tokens(until=None)
         self._links.flush()
+        if self._graphs is not None:
+            self._graphs.finish()
 
     def _open_and_close(self, forward: Forward) -> None:
         self._slots.update(forward)
@@ -116,20 +151,26 @@ class Stage:
             for opened in forward.open:
                 self._sampler.open(opened.slot, opened.sampling)
 
-    def _compute(self, inputs: Inputs, after_attention: Callable[[int], None] | None) -> Tensor:
+    def _prepare(self, forward: Forward) -> Inputs | Step:
+        """The batch on the device: where a graph reads it, if this is to be run as one.
+
+        The first Forward is not: what a stage needs may come with its first pass, which is the same one on all
+        ranks of the group.
+        """
+        graphs, self._ready_graphs = self._ready_graphs, self._graphs
+        step = None if graphs is None else graphs.prepare(forward, self._slots)
+        return self._slots.inputs(forward) if step is None else step
+
+    def _compute(self, inputs: Inputs | Step, after_attention: Callable[[int], None] | None) -> Tensor:
         """What leaves this stage: hidden states of all tokens, or on the last one of those to be sampled."""
-        if self.view.first_stage:
-            hidden = self._decoder.embed(inputs.tokens)
-        else:
-            hidden = self._links.receive_hidden(len(inputs.tokens), self._spec.hidden, self._dtype)
-        attend = _PagedAttend(self._attention, self._pool, self._spec, self.view.layers.start, inputs)
-        return self._decoder.layers(
-            hidden,
-            inputs.positions,
-            attend,
-            after_attention=after_attention,
-            sampled_rows=inputs.sampled_rows,
-        )
+        if isinstance(inputs, Step):
+            if not self.view.first_stage:
+                self._links.fill_hidden(inputs.hidden)
+            return inputs.run()
+        received = None
+        if not self.view.first_stage:
+            received = self._links.receive_hidden(len(inputs.tokens), self._spec.hidden, self._dtype)
+        return self._layers(inputs, received, after_attention)
 
     def _sample(self, forward: Forward, rows: Tensor) -> SampleResult:
         """Sample, and give the tokens to the first stage. Only the sampler's rank gets the true result."""

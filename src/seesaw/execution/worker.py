@@ -27,6 +27,7 @@ from seesaw.core.model_spec import DType
 from seesaw.device.base import Device
 from seesaw.device.select import open_device
 from seesaw.execution.collectives import TensorParallelGroup
+from seesaw.execution.graphs import RankGraphs
 from seesaw.execution.heap import keep_heap
 from seesaw.execution.kv_copies import KvCopies
 from seesaw.execution.links import groups_of, links_of
@@ -107,6 +108,15 @@ class Worker:
         self._check_weights()
         self._pool = DevicePool(max(self._pool_bytes(i) for i in range(len(self._views))), device.torch)
         self._current = 0
+        self._graphs = RankGraphs(
+            device,
+            most=config.max_running,
+            blocks=-(-config.max_model_len // config.block_size),
+            block_size=config.block_size,
+            hidden=config.spec.hidden,
+            dtype=self._dtype,
+            keep=config.transition_mode == "resident",
+        )
         self._copies = KvCopies(device, self._pool, self._attach_host_buffer(), self._views[0])
         self._stage = self._make_stage()
 
@@ -187,6 +197,7 @@ class Worker:
             operators=self._operators,
             block_size=self._config.block_size,
             device=self._device,
+            graphs=self._graphs if self._current == len(self._shardings) - 1 else None,
         )
 
     def ready(self) -> Ready:
@@ -279,6 +290,8 @@ class Worker:
         self.phase = "shutdown"
         self._stage.finish()
         self._device.close()
+        del self._stage  # NCCL's communicators outlive the graphs that use them
+        self._graphs.close()
         self._copies.close()
         self._transport.close()
         if self.trace is not None:

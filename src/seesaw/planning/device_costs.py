@@ -138,9 +138,10 @@ class DeviceCosts:
         return len(batches) * each + batches[-1] * rank.width[_DECODE] * load.element
 
     def _attention(self, rank: Demand, load: Load) -> int:
-        """Partial results: head_dim sums, a maximum and a denominator for each part of a sequence and head."""
+        """Partial results: head_dim sums, a maximum and a denominator for each part of a sequence and head. Those of
+        graphs lie in a pool of their own, beside those of other steps."""
         partial = (load.running + SPLITS) * max(rank.heads) * (load.head_dim + 2) * self.partial
-        return max(self.attention, partial)
+        return max(self.attention, (2 if self.graph else 1) * partial)
 
     def _inputs(self, load: Load) -> int:
         tokens = max(load.batch_tokens, load.running)

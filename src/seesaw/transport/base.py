@@ -22,6 +22,8 @@ class Transport(Protocol):
     """
 
     name: str
+    capturable: bool
+    """Whether a CUDA graph can hold its collectives."""
 
     def all_reduce(self, x: Tensor, members: Members) -> Tensor:
         """Sum `x` over the members, in place; returns `x`. Every member gets the same bits.

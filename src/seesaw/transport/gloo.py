@@ -24,6 +24,7 @@ class GlooTransport(TorchDistributed):
     name = _backend = "gloo"
     _patience = timedelta(days=1)
     """A rank that is lost breaks its connections, and shows at once; one that is slow is waited for."""
+    capturable = False
 
     def all_reduce(self, x: Tensor, members: Members) -> Tensor:
         """See `Transport.all_reduce`."""

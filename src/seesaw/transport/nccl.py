@@ -47,6 +47,7 @@ class NcclTransport(TorchDistributed):
     """
 
     name = "nccl"
+    capturable = True
     _patience = timedelta(minutes=10)
     """After which torch ends a process whose NCCL is stuck, as that of a rank that was lost."""
 

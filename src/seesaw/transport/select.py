@@ -29,6 +29,7 @@ class SingleTransport:
     """The transport of a world of one rank: there is nobody to talk to."""
 
     name = "single"
+    capturable = False
 
     def all_reduce(self, x: Tensor, members: Members) -> Tensor:
         """`x` is the sum."""

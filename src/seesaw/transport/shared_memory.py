@@ -118,6 +118,7 @@ class SharedMemoryTransport:
     """
 
     name = "shm"
+    capturable = False
 
     def __init__(self, fd: int, rank: int, world: int, *, spin_seconds: float | None = None) -> None:
         """Attach to the region `fd`, which stays the caller's; once per rank and region.

@@ -68,6 +68,7 @@ class SocketTransport:
     """
 
     name = "tcp"
+    capturable = False
 
     def __init__(
         self,

@@ -17,6 +17,8 @@ class StagedTransport:
     waits for the device, so this is for trying things out, not for speed.
     """
 
+    capturable = False
+
     def __init__(self, inner: Transport) -> None:
         """Owns `inner`."""
         self._inner = inner
