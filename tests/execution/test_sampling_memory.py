@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from seesaw.core.actions import SamplingState
 from seesaw.core.workspace import SAMPLING_BYTES
-from seesaw.execution.sampler import _CHUNK_ELEMENTS, Sampler
+from seesaw.execution.sampling import Sampler
+from seesaw.execution.sampling.sampler import CHUNK_ELEMENTS
 
 ROWS, VOCAB = 64, 1 << 14
 ELSEWHERE = 12
@@ -87,5 +88,5 @@ def test_temporaries_stay_within_what_is_set_aside(changes: dict[str, Any]) -> N
     logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0)).bfloat16()
     with _Live() as counted:
         sampler.sample(logits, list(range(ROWS)))
-    assert ROWS * VOCAB == _CHUNK_ELEMENTS, "one chunk, so that all of it is there at once"
-    assert 4 * ROWS * VOCAB < counted.peak <= SAMPLING_BYTES - ELSEWHERE * _CHUNK_ELEMENTS
+    assert ROWS * VOCAB == CHUNK_ELEMENTS, "one chunk, so that all of it is there at once"
+    assert 4 * ROWS * VOCAB < counted.peak <= SAMPLING_BYTES - ELSEWHERE * CHUNK_ELEMENTS

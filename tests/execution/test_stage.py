@@ -17,8 +17,8 @@ from seesaw.core.layout import Layout
 from seesaw.device.select import open_device
 from seesaw.execution import stage as stage_module
 from seesaw.execution.collectives import TensorParallelGroup
-from seesaw.execution.sampler import SampleResult
-from seesaw.execution.stage import Stage, joined
+from seesaw.execution.sampling import SampleResult
+from seesaw.execution.stage import Stage
 from seesaw.kv.device_pool import DevicePool
 from seesaw.models.hf_config import load_spec
 from seesaw.ops.torch_ops import TorchOperators
@@ -157,5 +157,5 @@ def test_chunks_of_rows_sample_what_all_rows_sample(
 
 def test_joined_results_keep_their_rows() -> None:
     tokens = [torch.tensor([3, 1]), torch.tensor([4])]
-    none = joined([SampleResult(tokens[0], []), SampleResult(tokens[1], [])])
-    assert none.tokens.tolist() == [3, 1, 4] and none.logprobs == []
+    none = SampleResult.joined([SampleResult(tokens[0], None), SampleResult(tokens[1], None)])
+    assert none.tokens.tolist() == [3, 1, 4] and none.logprobs is None

@@ -120,6 +120,7 @@ class CudaDevice:
         """`name` such as `cuda:0`; `api` and `torch_device` stand in for the GPU in tests."""
         self.name = name
         self.torch = torch_device or torch.device(name)
+        self.runs_behind = True
         self._api = api or cast(CudaApi, torch.cuda)
         self._api.set_device(self.torch)
         self.compute = CudaStream(self._api, self._api.current_stream(self.torch), "compute")
