@@ -73,7 +73,8 @@ class Watch:
     def downloaded(self, copy: torch.Tensor) -> torch.Tensor:
         """A copy to the host is launched."""
         if copy.numel():
-            memory = Memory(self.cuda, "download", copy, copy.nbytes)
+            what = "tokens" if copy.dtype == torch.int64 else "log-probabilities"
+            memory = Memory(self.cuda, what, copy, copy.nbytes)
             memory.touch(_WHOLE, write=True, what="a download")
             self._downloads[id(copy)] = memory
             weakref.finalize(copy, self._downloads.pop, id(copy))

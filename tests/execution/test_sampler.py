@@ -21,29 +21,9 @@ from seesaw.core.noise import noise_key
 from seesaw.execution.sampling import Sampler, SampleResult, drawing
 from seesaw.execution.sampling import sampler as module
 from seesaw.execution.sampling.rows import uniforms
+from tests.execution.sampled import PLAIN, state
 
 torch.set_num_threads(1)
-
-_DEFAULTS: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "noise_key": 0,
-    "logprobs": -1,
-    "min_tokens": 0,
-    "stop_token_ids": [],
-    "generated": 0,
-    "prompt": [],
-    "output": [],
-}
-
-
-def state(**changes: Any) -> SamplingState:
-    return SamplingState(**{**_DEFAULTS, **changes})
 
 
 def keyed(i: int, **changes: Any) -> SamplingState:
@@ -65,7 +45,7 @@ def draw(logits: torch.Tensor, samples: int, **changes: Any) -> torch.Tensor:
 
 def expected(logits: torch.Tensor, **changes: Any) -> torch.Tensor:
     """The distribution transformers gives for one row, its warpers called in vLLM's order."""
-    p = {**_DEFAULTS, **changes}
+    p = {**PLAIN, **changes}
     seen = torch.tensor([p["prompt"] + p["output"]], dtype=torch.long)
     warpers: list[Any] = []
     if p["repetition_penalty"] != 1.0:

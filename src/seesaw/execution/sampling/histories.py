@@ -73,19 +73,18 @@ class Histories:
 
     def open(self, slot: int, prompt: list[int], output: list[int]) -> None:
         """Begin a log with the tokens seen so far. It goes to the device with the next call."""
-        seen = np.asarray(prompt + output, dtype=np.int64)
-        tokens, places = np.unique(seen, return_inverse=True)
-        counts = np.bincount(places.reshape(-1)[len(prompt) :], minlength=len(tokens))
+        tokens = np.unique(np.asarray(prompt + output, dtype=np.int64))
+        counts = np.zeros(len(tokens), dtype=np.float32)
+        if output:
+            counts += np.bincount(np.searchsorted(tokens, output), minlength=len(tokens))
         # Ids beyond the logits (a padded embedding) cannot be sampled, so there is nothing to penalise.
         size = int(np.searchsorted(tokens, self._vocab))
         pages = [self._take() for _ in range(-(-size // PAGE))]
         self._logs[slot] = _Log(size, pages)
         if size:
-            padding = (0, len(pages) * PAGE - size)
-            self._unwritten[slot] = (
-                np.pad(tokens[:size].astype(np.int32), padding, mode="edge"),
-                np.pad(counts[:size].astype(np.float32), padding, mode="edge"),
-            )
+            # what a page has beyond the end repeats the last entry
+            places = np.minimum(np.arange(len(pages) * PAGE), size - 1)
+            self._unwritten[slot] = tokens[places].astype(np.int32), counts[places]
 
     def close(self, slot: int) -> None:
         """Forget a slot's log, if it has one. Its pages may be written anew behind what the device still reads."""
