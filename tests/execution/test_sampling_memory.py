@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from seesaw.core.workspace import SAMPLING_BYTES
+from seesaw.core.workspace import HISTORY_BYTES, SAMPLING_BYTES
 from seesaw.device.cpu import CpuDevice
 from seesaw.execution.sampling import Sampler
 from seesaw.execution.sampling.sampler import CHUNK_ELEMENTS
@@ -77,4 +77,15 @@ def test_temporaries_stay_within_what_is_set_aside(
     with _Live() as counted:
         sampler.sample(logits, list(range(ROWS)))
     assert ROWS * VOCAB == CHUNK_ELEMENTS, "one chunk, so that all of it is there at once"
-    assert 4 * ROWS * VOCAB < counted.peak <= SAMPLING_BYTES - ELSEWHERE * CHUNK_ELEMENTS
+    assert 4 * ROWS * VOCAB < counted.peak <= SAMPLING_BYTES - HISTORY_BYTES - ELSEWHERE * CHUNK_ELEMENTS
+
+
+def test_histories_of_a_million_tokens_fit_with_their_growth() -> None:
+    """A thousand sequences of a thousand different tokens, opened one after the other."""
+    sampler = Sampler(1 << 12, None, Behind())
+    logits = torch.zeros(1, 1 << 12)
+    with _Live() as counted:
+        for slot in range(1000):
+            sampler.open(slot, state(presence_penalty=1.0, temperature=0.0, prompt=list(range(1000))))
+            sampler.sample(logits, [slot])
+    assert 8 * 1000 * 1000 < counted.peak < HISTORY_BYTES
