@@ -49,11 +49,18 @@ def answers(folder: Path, plan: str) -> list[tuple[list[int], list[dict[int, flo
 def test_a_job_of_all_kinds_gets_the_answers_of_cpu_ranks(
     plan: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """Through transitions and preemption: histories go on where they were."""
+    """Through transitions and preemption: histories go on where they were.
+
+    Steps may be divided into batches otherwise, so that log-probabilities differ in their last bits.
+    """
     expected = answers(tmp_path, plan)
     with watched(monkeypatch) as watch:
         found = answers(tmp_path, plan)
-    assert found == expected
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    for (_, here), (_, there) in zip(found, expected, strict=True):
+        assert len(here) == len(there)
+        for place, other in zip(here, there, strict=True):
+            assert place == pytest.approx(other, abs=1e-5)
     assert watch.cuda.races == set()
     assert any(logprobs for _, logprobs in found)
 
