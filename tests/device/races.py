@@ -102,10 +102,10 @@ class Memory:
         """Rows at so many bytes from `address`."""
         return (address - self._start + offsets) // self._row
 
-    def touch(self, rows: Rows, *, write: bool, what: str) -> None:
-        """The actor at hand reads or writes `rows`."""
+    def touch(self, rows: Rows, *, write: bool, what: str, by: Actor | None = None) -> None:
+        """The actor at hand (or another) reads or writes `rows`."""
         with self._cuda.lock:
-            actor = self._cuda.acting()
+            actor = by or self._cuda.acting()
             self._cuda.launched(actor)
             bad = self._written[rows] > actor.clock[self._writer[rows]]
             against = set(self._writer[rows][bad].tolist())
@@ -150,7 +150,7 @@ class FakeCuda:
         return FakeEvent(self, **options)
 
     @contextmanager
-    def stream(self, stream: FakeStream) -> Iterator[None]:
+    def stream(self, stream: FakeStream | None) -> Iterator[None]:
         """What this thread launches goes there."""
         before, self._local.stream = getattr(self._local, "stream", None), stream
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from queue import Empty, SimpleQueue
@@ -16,12 +17,15 @@ import torch
 from seesaw import launch
 from seesaw.attention.base import AttentionBackend, AttentionBatch
 from seesaw.attention.torch_backend import TorchAttention
+from seesaw.core.actions import ForwardDone
 from seesaw.device.cuda import CudaDevice
 from seesaw.execution import graphs as graphs_module
 from seesaw.execution import kv_copies
+from seesaw.execution import stage as stage_module
 from seesaw.execution import worker as worker_module
 from seesaw.execution.local import LocalExecutor, _Rank
 from seesaw.execution.messages import FromWorker, Ready, Shutdown, ToWorker
+from seesaw.execution.sampling import Logprobs
 from seesaw.execution.worker import Worker
 from seesaw.kv import transfers
 from seesaw.ops.torch_ops import TorchOperators
@@ -30,6 +34,8 @@ from tests.device.captures import Watching
 from tests.device.races import Clock, FakeCuda, Memory, Rows
 
 TIMEOUT = 60.0
+_WHOLE = np.zeros(1, dtype=np.int64)
+"""The only row of memory that is watched as one."""
 
 
 class Watch:
@@ -42,6 +48,8 @@ class Watch:
         self._lock = threading.Lock()
         self.graphs = False
         """Whether decode steps are captured."""
+        self._tables: dict[int, Memory] = {}
+        self._downloads: dict[int, Memory] = {}
 
     def watching(self) -> Any:
         """In which a rank's thread runs: then torch tells what it reads and writes of a graph's inputs."""
@@ -68,6 +76,37 @@ class Watch:
                 if self._host is None:
                     self._host = Memory(self.cuda, "host buffer", host.tensor, row)
 
+    def made(self, table: torch.Tensor) -> torch.Tensor:
+        """A block table is put on the device, in memory that its stream uses again as soon as it is dropped."""
+        table = table.clone()  # whose memory nobody else has
+        memory, maker = Memory(self.cuda, "block table", table, table.nbytes), self.cuda.acting()
+        memory.touch(_WHOLE, write=True, what="an upload")
+        self._tables[id(table)] = memory
+
+        def dropped(number: int) -> None:
+            del self._tables[number]
+            memory.touch(_WHOLE, write=True, what="the next use", by=maker)
+
+        weakref.finalize(table, dropped, id(table))
+        return table
+
+    def downloaded(self, copy: torch.Tensor) -> torch.Tensor:
+        """A copy to the host is launched."""
+        if copy.numel():
+            what = "tokens" if copy.dtype == torch.int64 else "log-probabilities"
+            memory = Memory(self.cuda, what, copy, copy.nbytes)
+            memory.touch(_WHOLE, write=True, what="a download")
+            self._downloads[id(copy)] = memory
+            weakref.finalize(copy, self._downloads.pop, id(copy))
+        return copy
+
+    def read(self, copy: torch.Tensor) -> None:
+        """The host reads what was downloaded."""
+        memory = self._downloads.get(id(copy))
+        if memory is not None:
+            with self.cuda.stream(None):  # the thread may have one, but the host reads
+                memory.touch(_WHOLE, write=False, what="a report")
+
     def pool(self) -> Memory | None:
         """Of this thread's rank."""
         memory = getattr(self._pools, "memory", None)
@@ -78,6 +117,8 @@ class Watch:
         self, pool: torch.Tensor, host: torch.Tensor, pairs: torch.Tensor, part: Any, *, out: bool
     ) -> None:
         """A copy of `pairs` is launched; `part` are its layers, heads and one layer or all."""
+        if id(pairs) in self._tables:
+            self._tables[id(pairs)].touch(_WHOLE, write=False, what="a copy")
         near, far = self.pool(), self._host
         assert near is not None and far is not None
         layers, heads, layer = part
@@ -282,6 +323,19 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         return run
 
     with monkeypatch.context() as patch:
+
+        def report(
+            forward: int, tokens: torch.Tensor, logprobs: Logprobs | None, preparing: float
+        ) -> ForwardDone:
+            for copy in (tokens, *(table for _, table in (logprobs.parts if logprobs else ()))):
+                if copy is not None:
+                    watch.read(copy)
+            return whole_report(forward, tokens, logprobs, preparing)
+
+        whole_report, download = stage_module._report, CudaDevice.download
+        patch.setattr(stage_module, "_report", report)
+        patch.setattr(CudaDevice, "download", lambda self, tensor: watch.downloaded(download(self, tensor)))
+        patch.setattr(kv_copies, "block_table", lambda *given: watch.made(transfers.block_table(*given)))
         patch.setattr(kv_copies, "swap_out", told(transfers.swap_out, out=True))
         patch.setattr(kv_copies, "swap_in", told(transfers.swap_in, out=False))
         patch.setattr(worker_module, "create_attention", lambda *_, **__: WatchedAttention(watch))

@@ -13,6 +13,7 @@ from seesaw import LLM, SamplingParams
 from seesaw.core.stats import EngineStats
 from seesaw.device.base import Event
 from seesaw.device.cuda import CudaStream
+from seesaw.execution.kv_copies import KvCopies, Table
 from seesaw.kv.copy_engine import CopyEngine
 from tests.device.ranks import watched
 from tests.engine.small_node import CONFIG, SMALL
@@ -95,6 +96,18 @@ def transition_without_drain(patch: Patch) -> None:
     patch.setattr(CopyEngine, "drain", lambda self: None)
 
 
+def block_tables_of_the_compute_stream(patch: Patch) -> None:
+    """They are made when copies are submitted: where computation may use their memory again at once."""
+    whole = KvCopies._table
+
+    def table(self: KvCopies, pairs: list[tuple[int, int]]) -> Table:
+        later = whole(self, pairs)
+        later()
+        return later
+
+    patch.setattr(KvCopies, "_table", table)
+
+
 @pytest.mark.parametrize(
     ("broken", "plan"),
     [
@@ -104,6 +117,7 @@ def transition_without_drain(patch: Patch) -> None:
         (copies_reported_without_waiting, "P2->D2"),
         (event_of_the_wrong_moment, "P2->T2"),
         (transition_without_drain, "P2->D2"),
+        (block_tables_of_the_compute_stream, "P2->D2"),
     ],
 )
 def test_a_missing_wait_is_found(
@@ -114,3 +128,5 @@ def test_a_missing_wait_is_found(
         broken(monkeypatch)
         answers(tmp_path, plan)
     assert watch.cuda.races
+    if broken is block_tables_of_the_compute_stream:
+        assert all(race.endswith("block table") for race in watch.cuda.races)

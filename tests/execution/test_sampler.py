@@ -18,35 +18,21 @@ from transformers.generation import logits_process as hf
 
 from seesaw.core.actions import ChosenToken, SamplingState
 from seesaw.core.noise import noise_key
-from seesaw.execution import sampler as module
-from seesaw.execution.sampler import Sampler, uniforms
+from seesaw.execution.sampling import Sampler, SampleResult, drawing
+from seesaw.execution.sampling import sampler as module
+from seesaw.execution.sampling.rows import uniforms
+from tests.execution.sampled import PLAIN, state
 
 torch.set_num_threads(1)
-
-_DEFAULTS: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "noise_key": 0,
-    "logprobs": -1,
-    "min_tokens": 0,
-    "stop_token_ids": [],
-    "generated": 0,
-    "prompt": [],
-    "output": [],
-}
-
-
-def state(**changes: Any) -> SamplingState:
-    return SamplingState(**{**_DEFAULTS, **changes})
 
 
 def keyed(i: int, **changes: Any) -> SamplingState:
     return state(noise_key=noise_key(7, f"request-{i}", 0, None), **changes)
+
+
+def listed(result: SampleResult) -> list[ChosenToken | None]:
+    """Log-probabilities of a CPU's rows."""
+    return [] if result.logprobs is None else result.logprobs.listed()
 
 
 def draw(logits: torch.Tensor, samples: int, **changes: Any) -> torch.Tensor:
@@ -59,7 +45,7 @@ def draw(logits: torch.Tensor, samples: int, **changes: Any) -> torch.Tensor:
 
 def expected(logits: torch.Tensor, **changes: Any) -> torch.Tensor:
     """The distribution transformers gives for one row, its warpers called in vLLM's order."""
-    p = {**_DEFAULTS, **changes}
+    p = {**PLAIN, **changes}
     seen = torch.tensor([p["prompt"] + p["output"]], dtype=torch.long)
     warpers: list[Any] = []
     if p["repetition_penalty"] != 1.0:
@@ -170,7 +156,7 @@ def test_greedy_takes_the_argmax_and_the_lowest_of_equals() -> None:
         plain.open(slot, None)
         custom.open(slot, state(temperature=0.0, logprobs=0))
     assert plain.sample(logits, [0, 1]).tokens.tolist() == [1, 0]
-    assert plain.sample(logits, [0, 1]).logprobs == []
+    assert plain.sample(logits, [0, 1]).logprobs is None
     assert custom.sample(logits, [0, 1]).tokens.tolist() == [1, 0]
 
 
@@ -187,7 +173,7 @@ def test_greedy_rows_of_a_mixed_batch_stay_greedy() -> None:
     greedy = torch.arange(60) % 3 != 2
     assert torch.equal(result.tokens[greedy], best[greedy])
     assert not torch.equal(result.tokens[~greedy], best[~greedy])
-    assert [entry is not None for entry in result.logprobs] == [slot % 3 == 1 for slot in range(60)]
+    assert [entry is not None for entry in listed(result)] == [slot % 3 == 1 for slot in range(60)]
     assert torch.equal(logits, before)
 
 
@@ -236,13 +222,13 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(20, 400, generator=torch.Generator().manual_seed(2))
     results = []
     for elements in (1 << 23, 400 * 3):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
         sampler = Sampler(400)
         for slot in range(20):
             sampler.open(slot, keyed(slot, logprobs=slot % 3 - 1))
         results.append(sampler.sample(logits, list(range(20))))
     assert torch.equal(results[0].tokens, results[1].tokens)
-    for one, other in zip(results[0].logprobs, results[1].logprobs, strict=True):
+    for one, other in zip(*map(listed, results), strict=True):
         assert one == other
 
 
@@ -253,8 +239,8 @@ def test_looking_at_few_scores_changes_nothing(monkeypatch: pytest.MonkeyPatch, 
     if ties:
         logits = logits.mul(3).round()  # up to hundreds of equals, more than the short cut looks at
     results = []
-    for room in (module._TIE_ROOM, 10000):
-        monkeypatch.setattr(module, "_TIE_ROOM", room)
+    for room in (drawing.TIE_ROOM, 10000):
+        monkeypatch.setattr(drawing, "TIE_ROOM", room)
         sampler = Sampler(3000)
         for slot in range(40):
             top_k, top_p, min_p = (1, 7, 50, 200)[slot % 4], (1.0, 0.6)[slot % 2], (0.0, 0.02)[slot % 3 == 2]
@@ -339,7 +325,7 @@ def test_logprobs_are_the_raw_log_softmax(dtype: torch.dtype) -> None:
     sampler.open(1, keyed(1, temperature=0.0, logprobs=20, repetition_penalty=1.5, prompt=list(range(100))))
     sampler.open(2, None)
     sampler.open(3, keyed(3, logprobs=0))
-    tokens, logprobs = (lambda r: (r.tokens.tolist(), r.logprobs))(sampler.sample(logits, [0, 1, 2, 3]))
+    tokens, logprobs = (lambda r: (r.tokens.tolist(), listed(r)))(sampler.sample(logits, [0, 1, 2, 3]))
     assert logprobs[2] is None
     table = logits.float().log_softmax(-1)
     for row, wanted in ((0, 4), (1, 20), (3, 0)):
@@ -355,7 +341,7 @@ def test_logprobs_are_the_raw_log_softmax(dtype: torch.dtype) -> None:
 def test_logprobs_list_orders_many_equals_by_id() -> None:
     sampler = Sampler(2500)
     sampler.open(0, state(temperature=0.0, logprobs=3))
-    entry = sampler.sample(torch.zeros(1, 2500), [0]).logprobs[0]
+    entry = listed(sampler.sample(torch.zeros(1, 2500), [0]))[0]
     assert entry is not None and [token for token, _ in entry.top] == [0, 1, 2] and entry.rank == 1
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from seesaw.core.actions import SamplingState
-from seesaw.core.workspace import SAMPLING_BYTES
-from seesaw.execution.sampler import _CHUNK_ELEMENTS, Sampler
+from seesaw.core.workspace import HISTORY_BYTES, SAMPLING_BYTES
+from seesaw.device.cpu import CpuDevice
+from seesaw.execution.sampling import Sampler
+from seesaw.execution.sampling.sampler import CHUNK_ELEMENTS
+from tests.execution.sampled import Behind, state
 
 ROWS, VOCAB = 64, 1 << 14
 ELSEWHERE = 12
@@ -52,6 +54,7 @@ class _Live(TorchDispatchMode):
         self._known.discard(place)
 
 
+@pytest.mark.parametrize("device", [CpuDevice, Behind])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -64,28 +67,25 @@ class _Live(TorchDispatchMode):
     ],
     ids=lambda changes: "+".join(changes) or "all",
 )
-def test_temporaries_stay_within_what_is_set_aside(changes: dict[str, Any]) -> None:
-    plain: dict[str, Any] = {
-        "temperature": 0.8,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "noise_key": 1,
-        "logprobs": -1,
-        "min_tokens": 0,
-        "stop_token_ids": [],
-        "generated": 0,
-        "prompt": [1, 2, 3],
-        "output": [],
-    }
-    sampler = Sampler(VOCAB)
+def test_temporaries_stay_within_what_is_set_aside(
+    changes: dict[str, Any], device: Callable[[], CpuDevice]
+) -> None:
+    sampler = Sampler(VOCAB, None, device())
     for slot in range(ROWS):
-        sampler.open(slot, SamplingState(**(plain | changes)))
+        sampler.open(slot, state(**{"prompt": [1, 2, 3], "temperature": 0.8, **changes}))
     logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0)).bfloat16()
     with _Live() as counted:
         sampler.sample(logits, list(range(ROWS)))
-    assert ROWS * VOCAB == _CHUNK_ELEMENTS, "one chunk, so that all of it is there at once"
-    assert 4 * ROWS * VOCAB < counted.peak <= SAMPLING_BYTES - ELSEWHERE * _CHUNK_ELEMENTS
+    assert ROWS * VOCAB == CHUNK_ELEMENTS, "one chunk, so that all of it is there at once"
+    assert 4 * ROWS * VOCAB < counted.peak <= SAMPLING_BYTES - HISTORY_BYTES - ELSEWHERE * CHUNK_ELEMENTS
+
+
+def test_histories_of_a_million_tokens_fit_with_their_growth() -> None:
+    """A thousand sequences of a thousand different tokens, opened one after the other."""
+    sampler = Sampler(1 << 12, None, Behind())
+    logits = torch.zeros(1, 1 << 12)
+    with _Live() as counted:
+        for slot in range(1000):
+            sampler.open(slot, state(presence_penalty=1.0, temperature=0.0, prompt=list(range(1000))))
+            sampler.sample(logits, [slot])
+    assert 8 * 1000 * 1000 < counted.peak < HISTORY_BYTES

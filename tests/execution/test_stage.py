@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from seesaw.attention.torch_backend import TorchAttention
+from seesaw.attention.select import create_attention
 from seesaw.core.actions import Forward as ForwardAction
 from seesaw.core.actions import ForwardDone, SamplingState, SlotInit
 from seesaw.core.layout import Layout
+from seesaw.device.base import Device
 from seesaw.device.select import open_device
 from seesaw.execution import stage as stage_module
 from seesaw.execution.collectives import TensorParallelGroup
-from seesaw.execution.sampler import SampleResult
-from seesaw.execution.stage import Stage, joined
+from seesaw.execution.sampling import SampleResult
+from seesaw.execution.stage import Stage
 from seesaw.kv.device_pool import DevicePool
 from seesaw.models.hf_config import load_spec
+from seesaw.ops.select import create_operators
 from seesaw.ops.torch_ops import TorchOperators
 from seesaw.transport.base import Members
 from seesaw.weights.reshard import RankWeights
@@ -75,18 +77,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=2, vocab_size=251)
 
 
-def stages(checkpoint: Path, tp: int) -> list[Stage]:
-    """A rank each of a layout of one stage."""
+def stages(checkpoint: Path, tp: int, device: Device | None = None) -> list[Stage]:
+    """A rank each of a layout of one stage, all on one device: a CPU, or with what is chosen for another."""
     spec = load_spec(checkpoint)
     sharding = make_sharding(spec, Layout(tp=tp), head_weight=1.0)
     views = [rank_view(spec, sharding, rank) for rank in range(tp)]
     boxes: list[list[queue.Queue[Tensor]]] = [[queue.Queue() for _ in range(tp)] for _ in range(tp)]
     made = []
-    device = open_device("cpu")
+    device = device or open_device("cpu")
+    behind = device.runs_behind
+    attention = create_attention(
+        device.name, None if behind else "torch", head_dim=spec.head_dim, dtype=torch.float32
+    )
+    operators = create_operators(device.name, dtype=torch.float32) if behind else TorchOperators()
     for view in views:
-        weights = RankWeights(spec, HostWeightStore.open(checkpoint, spec), "float32", view.rank)
+        weights = RankWeights(
+            spec, HostWeightStore.open(checkpoint, spec), "float32", view.rank, device=device.torch
+        )
         weights.load(sharding)
-        pool = DevicePool(8 << 20)
+        pool = DevicePool(8 << 20, device.torch)
         pool.view(ROWS, len(view.layers), len(view.kv_heads), 16, spec.head_dim, torch.float32)
         made.append(
             Stage(
@@ -97,8 +106,8 @@ def stages(checkpoint: Path, tp: int) -> list[Stage]:
                 dtype=torch.float32,
                 group=TensorParallelGroup(view, _Threads(view.rank, boxes)),
                 pool=pool,
-                attention=TorchAttention(),
-                operators=TorchOperators(),
+                attention=attention,
+                operators=operators,
                 block_size=16,
                 device=device,
             )
@@ -157,5 +166,5 @@ def test_chunks_of_rows_sample_what_all_rows_sample(
 
 def test_joined_results_keep_their_rows() -> None:
     tokens = [torch.tensor([3, 1]), torch.tensor([4])]
-    none = joined([SampleResult(tokens[0], []), SampleResult(tokens[1], [])])
-    assert none.tokens.tolist() == [3, 1, 4] and none.logprobs == []
+    none = SampleResult.joined([SampleResult(tokens[0], None), SampleResult(tokens[1], None)])
+    assert none.tokens.tolist() == [3, 1, 4] and none.logprobs is None

@@ -8,7 +8,10 @@ LOGITS_BYTES = 512 << 20
 """For logits at once: 298 rows of a vocabulary of 150,000, so that a batch of 256 reads the LM head once."""
 SAMPLING_BYTES = 64 << 20
 """For what the sampler makes of its logits. It takes about 2^20 of them at a time, and copies, weights, sums and
-their order are up to 48 bytes for each."""
+their order are up to 48 bytes for each; the rest are `HISTORY_BYTES`."""
+HISTORY_BYTES = 16 << 20
+"""Of those, for tokens that sequences with penalties have seen: 8 bytes each, of a million at once, also while their
+memory grows to that."""
 STAGING_BYTES = 64 << 20
 """For the two halves of the buffer through which KV goes where the device does not reach host memory itself: a half
 takes the link about a millisecond, in which the launches around it are lost."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Array = npt.NDArray[np.integer[Any]]
+Array = npt.NDArray[Any]
 
 
 class Event(Protocol):
@@ -100,6 +99,11 @@ class Device(Protocol):
     @property
     def torch(self) -> torch.device:
         """Where its tensors are."""
+        ...
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether the host runs ahead of `compute`, so that whoever asks for a result waits for all before it."""
         ...
 
     @property

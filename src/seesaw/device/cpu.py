@@ -145,6 +145,7 @@ class CpuDevice:
     def __init__(self) -> None:
         self.name = "cpu"
         self.torch = torch.device("cpu")
+        self.runs_behind = False
         self.compute = CallerStream()
         self.to_host = self.to_device = ThreadStream("copies")
 

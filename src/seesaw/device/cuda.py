@@ -124,6 +124,7 @@ class CudaDevice:
         """`name` such as `cuda:0`; `api` and `torch_device` stand in for the GPU in tests."""
         self.name = name
         self.torch = torch_device or torch.device(name)
+        self.runs_behind = True
         self._api = api or cast(CudaApi, torch.cuda)
         self._api.set_device(self.torch)
         self.compute = CudaStream(self._api, self._api.current_stream(self.torch), "compute")
@@ -217,8 +218,9 @@ def _first_cause(error: BaseException) -> str:
 class _Uploads:
     """Arrays go to the device through pinned memory, all of one call in one copy.
 
-    A piece of pinned memory is filled again only when the copy out of it is done: with as many pieces as Forwards
-    are under way at once, nobody ever waits for that.
+    A piece of pinned memory is filled again only when the copy out of it is done: with as many pieces as the uploads
+    of all Forwards that are under way at once (three of each: inputs, parameters of sampling, slots of the tokens),
+    nobody ever waits for that.
     """
 
     def __init__(self, stream: CudaStream, device: torch.device) -> None:
@@ -252,7 +254,7 @@ class _Uploads:
         return _pinned(max(_LEAST, 1 << (size - 1).bit_length()), self._device)
 
 
-_PIECES = 8
+_PIECES = 32
 _LEAST = 1 << 16
 """Bytes of a piece of pinned memory; larger ones are powers of two."""
 

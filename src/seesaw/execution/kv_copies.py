@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from seesaw.kv.copy_engine import CopyEngine
 from seesaw.kv.registered import HostRegistration
-from seesaw.kv.transfers import swap_in, swap_out
+from seesaw.kv.transfers import block_table, swap_in, swap_out
 
 if TYPE_CHECKING:
     from seesaw.device.base import Device
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 Pairs = list[tuple[int, int]]
 """(device block, host block)."""
+Table = Callable[[], torch.Tensor]
+"""Gives them as a tensor `[n, 2]`."""
 OnDone = Callable[[int, float], None]
 """Takes the bytes moved and the seconds they took."""
 
@@ -36,6 +39,9 @@ class KvCopies:
         if host is not None and host.bytes and device.torch.type == "cuda":
             self._registration = HostRegistration(host.tensor)
         self._copy = None if self._registration is None else self._registration.copy_slabs
+        staged = self._registration is not None and not self._registration.registered
+        self._by_device = device.runs_behind and not staged
+        """Whether the device reads block numbers itself; else whoever copies checks them as well."""
 
     @property
     def host(self) -> HostBuffer | None:
@@ -54,7 +60,7 @@ class KvCopies:
         Returns what to call when a layer's K and V are in the pool, and what to call after the last one: then
         `on_done` is told of all of them together, `on_layer` of each.
         """
-        table, moved = torch.tensor(pairs), [0]
+        table, moved = self._table(pairs), [0]
 
         def copy(layer: int) -> int:
             copied = self._out(table, layer)
@@ -68,12 +74,12 @@ class KvCopies:
 
     def swap_out(self, pairs: Pairs, on_done: OnDone) -> None:
         """Copy whole blocks out."""
-        table = torch.tensor(pairs)
+        table = self._table(pairs)
         self._engine.to_host(lambda: self._out(table, None), on_done)
 
     def swap_in(self, pairs: Pairs, on_done: OnDone) -> None:
         """Copy whole blocks in."""
-        table = torch.tensor(pairs)
+        table = self._table(pairs)
         self._engine.to_device(lambda: self._in(table), on_done)
 
     def drain(self) -> None:
@@ -85,25 +91,36 @@ class KvCopies:
         if self._registration is not None:
             self._registration.close()
 
-    def _out(self, table: torch.Tensor, layer: int | None) -> int:
+    def _table(self, pairs: Pairs) -> Table:
+        """Makes the tensor at its first use, on the stream of the copies, once for all layers.
+
+        Made there it is uploaded before the first copy reads it, and its memory is used again behind the last one.
+        """
+
+        def make() -> torch.Tensor:
+            return block_table(pairs, self._pool.blocks, self._host_blocks())
+
+        return cache(make if self._by_device else lambda: torch.tensor(pairs))
+
+    def _out(self, table: Table, layer: int | None) -> int:
         """Of ranks that share a replicated KV head only one copies."""
         if not self._view.owns_kv:
             return 0
         return swap_out(
             self._pool.blocks,
             self._host_blocks(),
-            table,
+            table(),
             layers=self._view.layers,
             kv_heads=self._view.kv_heads,
             layer=layer,
             copy=self._copy,
         )
 
-    def _in(self, table: torch.Tensor) -> int:
+    def _in(self, table: Table) -> int:
         return swap_in(
             self._pool.blocks,
             self._host_blocks(),
-            table,
+            table(),
             layers=self._view.layers,
             kv_heads=self._view.kv_heads,
             copy=self._copy,

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from seesaw.attention.base import AttentionBackend
-from seesaw.core.actions import ChosenToken, Forward, ForwardDone
+from seesaw.core.actions import Forward, ForwardDone
 from seesaw.core.model_spec import ModelSpec
 from seesaw.core.workspace import logit_rows
 from seesaw.device.base import Device
 from seesaw.execution.collectives import PipelineLinks, TensorParallelGroup
 from seesaw.execution.graphs import DecodeGraphs, RankGraphs, Step
-from seesaw.execution.sampler import Sampler, SampleResult
+from seesaw.execution.sampling import Logprobs, Sampler, SampleResult
 from seesaw.execution.slots import Inputs, SlotTables
 from seesaw.kv.device_pool import DevicePool
 from seesaw.models.decoder import Decoder
@@ -103,7 +103,9 @@ class Stage:
         self._links = PipelineLinks(view, group.transport, device.torch)
         self._operators = operators
         self._logit_rows = logit_rows(spec.vocab)
-        self._sampler = Sampler(spec.vocab, operators.argmax) if view.rank == view.sampler_rank else None
+        self._sampler = (
+            Sampler(spec.vocab, operators.argmax, device) if view.rank == view.sampler_rank else None
+        )
         self._particular: set[int] = set()
         """Open slots that want more than the most likely token; known on every rank of the last stage."""
         self._expected: deque[Forward] = deque()
@@ -130,7 +132,8 @@ class Stage:
             if self._sampler is None:
                 return None
             tokens = self._device.download(result.tokens)
-            return partial(_report, forward.id, tokens, result.logprobs, prepared - started)
+            logprobs = None if result.logprobs is None else result.logprobs.download(self._device)
+            return partial(_report, forward.id, tokens, logprobs, prepared - started)
 
     def finish(self) -> None:
         """Take in and send out whatever is still between the stages. The stage may go then."""
@@ -179,7 +182,7 @@ class Stage:
             return self._none_chosen(0)
         step = self._logit_rows
         parts = [slice(start, start + step) for start in range(0, len(slots), step)]
-        result = joined([self._sample_rows(slots[part], rows[part]) for part in parts])
+        result = SampleResult.joined([self._sample_rows(slots[part], rows[part]) for part in parts])
         if forward.feedback:
             self._feed_back(slots, result.tokens)
         return result
@@ -189,7 +192,7 @@ class Stage:
         local = self._decoder.logits(rows)
         if self._particular.isdisjoint(slots):
             tokens = self._choose_greedily(local)
-            return self._none_chosen(len(slots)) if tokens is None else SampleResult(tokens, [])
+            return self._none_chosen(len(slots)) if tokens is None else SampleResult(tokens, None)
         logits = self._group.gather_logits(local, self._vocab_widths)
         if self._sampler is None:
             return self._none_chosen(len(slots))
@@ -198,7 +201,7 @@ class Stage:
 
     def _none_chosen(self, count: int) -> SampleResult:
         """What ranks have that do not sample: room for the tokens of the one that does."""
-        return SampleResult(torch.empty(count, dtype=torch.int64, device=self._device.torch), [])
+        return SampleResult(torch.empty(count, dtype=torch.int64, device=self._device.torch), None)
 
     def _choose_greedily(self, local: Tensor) -> Tensor | None:
         """The most likely tokens: each rank looks through its own logits, and only the best are compared."""
@@ -224,21 +227,8 @@ class Stage:
             self._slots.set_latest([forward.slots[i] for i in forward.sampled], tokens)
 
 
-def _report(
-    forward: int, tokens: Tensor, logprobs: list[ChosenToken | None], preparing: float
-) -> ForwardDone:
-    """Of a micro-batch whose `tokens` have come to the host; `preparing` seconds went to its inputs."""
+def _report(forward: int, tokens: Tensor, logprobs: Logprobs | None, preparing: float) -> ForwardDone:
+    """Of a micro-batch whose results have come to the host; `preparing` seconds went to its inputs."""
     started = time.perf_counter()
-    listed = tokens.tolist()
-    return ForwardDone(forward, listed, logprobs, host_seconds=preparing + time.perf_counter() - started)
-
-
-def joined(parts: list[SampleResult]) -> SampleResult:
-    """One result of those of consecutive rows."""
-    if len(parts) == 1:
-        return parts[0]
-    logprobs: list[ChosenToken | None] = []
-    if any(part.logprobs for part in parts):
-        for part in parts:
-            logprobs += part.logprobs or [None] * len(part.tokens)
-    return SampleResult(torch.cat([part.tokens for part in parts]), logprobs)
+    chosen = [] if logprobs is None else logprobs.listed()
+    return ForwardDone(forward, tokens.tolist(), chosen, preparing + time.perf_counter() - started)
