@@ -88,9 +88,9 @@ def event_of_the_wrong_moment(patch: Patch) -> None:
     patch.setattr(CudaStream, "after", after)
 
 
-def transition_without_drain(patch: Patch) -> None:
+def transition_without_fence(patch: Patch) -> None:
     """The pool is viewed anew while copies of the old view are under way, which nobody has been told are done."""
-    patch.setattr(CopyEngine, "drain", lambda self: None)
+    patch.setattr(CopyEngine, "fence", lambda self: None)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def transition_without_drain(patch: Patch) -> None:
         (copies_reported_without_waiting, "P2->T2"),
         (copies_reported_without_waiting, "P2->D2"),
         (event_of_the_wrong_moment, "P2->T2"),
-        (transition_without_drain, "P2->D2"),
+        (transition_without_fence, "P2->D2"),
     ],
 )
 def test_a_missing_wait_is_found(

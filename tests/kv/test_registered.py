@@ -131,17 +131,6 @@ def big_host() -> Tensor:
     return random_kv(4, 40)
 
 
-def test_memory_is_registered_whole_and_in_pages() -> None:
-    device, host = Device(), host_buffer(4)
-    registration = HostRegistration(host, runtime=device)
-    (call,) = device.calls
-    assert call == ("register", host.data_ptr(), -(-host.nbytes // PAGE) * PAGE) and call[1] % PAGE == 0
-    assert registration.registered and registration.spans == (call[1:],)
-    inner = host.view(-1)[PAGE // 2 + 7 : PAGE + 9]  # within a mapping, across two pages
-    HostRegistration(inner, runtime=device, read_only=True)
-    assert device.calls[-1] == ("read-only", host.data_ptr() + PAGE, 2 * PAGE)
-
-
 def test_a_registered_buffer_is_copied_in_one_hop() -> None:
     device, host = Device(chance=random.Random(1)), big_host()
     given: list[int] = []
@@ -155,55 +144,6 @@ def test_a_registered_buffer_is_copied_in_one_hop() -> None:
         assert device.pinned_bytes == 0 and len(given) == 5
         assert all(host.data_ptr() <= address < host.data_ptr() + host.nbytes for address in given)
     assert not device.registered
-
-
-def test_the_device_is_waited_for_before_pages_go_back() -> None:
-    device, host = Device(), host_buffer(4)
-    registration = HostRegistration(host, runtime=device)
-    registration.close()
-    registration.close()
-    assert [name for name, *_ in device.calls] == ["register", "synchronize", "unregister"]
-    assert not device.registered and not registration.registered and registration.spans == ()
-    with pytest.raises(AssertionError, match="closed"):
-        registration.copy_slabs(host, host, torch.tensor([[0, 0]]), True)
-
-
-def test_a_driver_that_refuses_much_at_once_gets_slices(caplog: pytest.LogCaptureFixture) -> None:
-    host = torch.empty(10 * PAGE, dtype=torch.uint8).view(-1)
-    device = Device(refuse=lambda size: 2 if size > 4 * PAGE else 0)
-    registration = HostRegistration(host, runtime=device, slice_bytes=4 * PAGE)
-    assert registration.registered and not caplog.records
-    sizes = [size for _, size in registration.spans]
-    assert sizes[:2] == [4 * PAGE, 4 * PAGE] and sum(sizes) >= host.nbytes
-    ends = [address + size for address, size in registration.spans]
-    assert ends[:-1] == [address for address, _ in registration.spans[1:]]
-    registration.close()
-    assert not device.registered
-
-
-@pytest.mark.parametrize("limit", [64 << 10, resource.RLIM_INFINITY])
-def test_a_refusal_leaves_nothing_behind_and_says_what_helps(
-    limit: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
-    left = [2]
-
-    def refuse(size: int) -> int:
-        left[0] -= size <= 4 * PAGE
-        return 2 if size > 4 * PAGE or left[0] < 0 else 0
-
-    device = Device(refuse)
-    registration = HostRegistration(
-        torch.empty(16 * PAGE, dtype=torch.uint8), runtime=device, slice_bytes=4 * PAGE
-    )
-    assert not registration.registered and not device.registered
-    assert [name for name, *_ in device.calls] == ["register"] * 4 + ["unregister"] * 2
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    text = record.getMessage()
-    assert text.startswith("host buffer: ") and "(out of memory, error 2)" in text and "smaller" in text
-    assert ("ulimit -l unlimited" in text and "64.0 KiB now" in text) == (limit == 64 << 10)
-    registration.close()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -247,39 +187,3 @@ def test_no_memory_to_copy_through_is_said(caplog: pytest.LogCaptureFixture) -> 
         registration.copy_slabs(host, host, torch.tensor([[0, 0]]), True)
 
 
-def test_what_cannot_be_given_back_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    device, host = Device(), host_buffer(4)
-    registration = HostRegistration(host, "weight store", runtime=device)
-    device.registered.clear()
-    registration.close()
-    assert "weight store" in caplog.text and "not registered (CUDA error 713)" in caplog.text
-
-
-def test_a_buffer_of_no_blocks() -> None:
-    device = Device(refusing)
-    with HostRegistration(torch.empty(0, 3, 2), runtime=device) as registration:
-        assert registration.registered
-    assert device.calls == []
-
-
-def test_cuda_is_called_with_its_flags_and_errors_do_not_linger(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[object, ...]] = []
-    library = SimpleNamespace(
-        cudaHostRegister=lambda *given: calls.append(given) or (2 if given[1] > 100 else 0),
-        cudaHostUnregister=lambda address: 713,
-        cudaError=lambda code: code,
-        cudaGetErrorString=lambda code: f"error number {code}",
-    )
-    monkeypatch.setattr(registered.torch.cuda, "cudart", lambda: library)
-    cleared: list[str] = []
-
-    def kernel(size: int, device: str) -> None:
-        cleared.append(device)
-        raise RuntimeError("CUDA error: out of memory")  # as torch reports what an earlier call left
-
-    monkeypatch.setattr(registered.torch, "ones", kernel)
-    runtime = CudaRuntime()
-    assert runtime.register(4096, 100, False) == 0 and cleared == []
-    assert runtime.register(4096, 200, True) == 2 and cleared == ["cuda"]
-    assert calls == [(4096, 100, 3), (4096, 200, 11)]
-    assert runtime.unregister(4096) == 713 and runtime.explain(713) == "error number 713"

@@ -145,7 +145,7 @@ class CpuDevice:
     def __init__(self) -> None:
         self.name = "cpu"
         self.torch = torch.device("cpu")
-        self.compute = CallerStream()
+        self.compute = self.weights = CallerStream()
         self.to_host = self.to_device = ThreadStream("copies")
 
     def upload(self, arrays: Sequence[Array]) -> list[Tensor]:

@@ -22,6 +22,7 @@ from seesaw.execution.slots import Inputs, SlotTables
 from seesaw.kv.device_pool import DevicePool
 from seesaw.models.decoder import Decoder
 from seesaw.ops.base import Operators
+from seesaw.weights.arrivals import EMBEDDING, HEAD, Arrivals
 from seesaw.weights.sharding import RankView
 
 
@@ -59,11 +60,14 @@ class Stage:
         operators: Operators,
         block_size: int,
         device: Device,
+        arrivals: Arrivals | None = None,
     ) -> None:
+        """With `arrivals`, the first Forward waits for each layer's `weights` when it comes to it."""
         self.view = view
         self._device = device
         self._spec, self._dtype, self._group = spec, dtype, group
         self._vocab_widths = vocab_widths
+        self._arrivals = arrivals
         self._decoder = Decoder(spec, view, weights, group, operators)
         self._pool, self._attention = pool, attention
         self._slots = SlotTables(block_size, device)
@@ -119,6 +123,7 @@ class Stage:
     def _compute(self, inputs: Inputs, after_attention: Callable[[int], None] | None) -> Tensor:
         """What leaves this stage: hidden states of all tokens, or on the last one of those to be sampled."""
         if self.view.first_stage:
+            self._await(EMBEDDING)
             hidden = self._decoder.embed(inputs.tokens)
         else:
             hidden = self._links.receive_hidden(len(inputs.tokens), self._spec.hidden, self._dtype)
@@ -127,15 +132,24 @@ class Stage:
             hidden,
             inputs.positions,
             attend,
+            before_layer=None if self._arrivals is None else self._await,
             after_attention=after_attention,
             sampled_rows=inputs.sampled_rows,
         )
+
+    def _await(self, group: int) -> None:
+        """Hold computation back until the weights of a layer, or of the embedding or the head, are there."""
+        if self._arrivals is not None:
+            self._arrivals.before(group)
+            if not self._arrivals.pending:
+                self._arrivals = None
 
     def _sample(self, forward: Forward, rows: Tensor) -> SampleResult:
         """Sample, and give the tokens to the first stage. Only the sampler's rank gets the true result."""
         slots = [forward.slots[i] for i in forward.sampled]
         if not slots:
             return self._none_chosen(0)
+        self._await(HEAD)
         step = self._logit_rows
         parts = [slice(start, start + step) for start in range(0, len(slots), step)]
         result = joined([self._sample_rows(slots[part], rows[part]) for part in parts])

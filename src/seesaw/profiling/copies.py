@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Literal, cast
 
@@ -12,6 +12,7 @@ import torch
 from seesaw.core.devices import kind_of
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType, ModelSpec, RopeSpec
+from seesaw.device.select import open_device
 from seesaw.kv.transfers import swap_in, swap_out
 from seesaw.profiling.clock import Call
 from seesaw.profiling.operands import Operands
@@ -83,8 +84,10 @@ def reshard_seconds(
     where it gets it back."""
     element = cast(DType, dtype)
     whole, half = (make_sharding(_SPEC, Layout.parse(text)) for text in ("D2", "T2"))
-    with HostWeightStore.dummy(_SPEC, element, seed=0) as store:
-        weights = RankWeights(_SPEC, store, element, 0, device=device)
+    with (
+        HostWeightStore.dummy(_SPEC, element, seed=0) as store,
+        closing(RankWeights(_SPEC, store, element, 0, device=open_device(device))) as weights,
+    ):
         weights.load(whole)
 
         def change(target: Sharding) -> tuple[float, TransitionStats]:
