@@ -1,93 +1,18 @@
-"""Registration of host memory with the device, against a runtime that records, refuses and is late."""
+"""The host buffer registered with the device or not, against a driver that records, refuses and is late."""
 
 from __future__ import annotations
 
-import logging
-import mmap
 import random
-import resource
-from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from seesaw.core.errors import MemoryBudgetError
-from seesaw.kv import registered
-from seesaw.kv.registered import CudaRuntime, HostRegistration
+from seesaw.kv.registered import HostRegistration
 from seesaw.kv.transfers import copy_slabs, swap_in, swap_out
-from tests.kv.test_transfers import BLOCK_SIZE, HEAD_DIM, LAYERS, bits, host_buffer, random_kv
-
-PAGE = mmap.PAGESIZE
-Call = tuple[str, int, int]
-
-
-class Stream:
-    """Work in order, done up to some point."""
-
-    def __init__(self) -> None:
-        self.queue: list[Callable[[], None]] = []
-        self.done = 0
-
-    def run(self, until: int) -> None:
-        while self.done < until:
-            self.queue[self.done]()
-            self.done += 1
-
-
-class Device:
-    """A runtime and two streams, in and out, that do what they are given as late as they may, or sooner by chance."""
-
-    def __init__(
-        self, refuse: Callable[[int], int] = lambda size: 0, chance: random.Random | None = None
-    ) -> None:
-        self.refuse = refuse
-        """The error for a registration of so many bytes."""
-        self.calls: list[Call] = []
-        self.registered: dict[int, int] = {}
-        self.pinned_bytes = 0
-        self._streams: tuple[Stream, Stream] = (Stream(), Stream())
-        self._current = self._streams[0]
-        self._chance = chance
-
-    def register(self, address: int, size: int, read_only: bool) -> int:
-        self.calls.append(("read-only" if read_only else "register", address, size))
-        error = self.refuse(size)
-        if not error:
-            self.registered[address] = size
-        return error
-
-    def unregister(self, address: int) -> int:
-        self.calls.append(("unregister", address, 0))
-        return 0 if self.registered.pop(address, None) is not None else 713
-
-    def explain(self, error: int) -> str:
-        return {2: "out of memory", 713: "not registered"}[error]
-
-    def synchronize(self) -> None:
-        self.calls.append(("synchronize", 0, 0))
-        for stream in self._streams:
-            stream.run(len(stream.queue))
-
-    def pinned(self, size: int) -> Tensor:
-        self.pinned_bytes += size
-        return torch.full((size,), 0xEE, dtype=torch.uint8)
-
-    def record(self) -> SimpleNamespace:
-        stream, behind = self._current, len(self._current.queue)
-        return SimpleNamespace(synchronize=lambda: stream.run(behind))
-
-    def copy(self, near: Tensor, far: Tensor, table: Tensor, to_host: bool) -> None:
-        """A kernel, on the stream of its direction."""
-        self._current = stream = self._streams[to_host]
-        stream.queue.append(lambda: copy_slabs(near, far, table, to_host))
-        if self._chance is not None:
-            stream.run(self._chance.randint(stream.done, len(stream.queue)))
-
-
-def refusing(size: int) -> int:
-    return 2
+from tests.device.driver import Device, refusing
+from tests.kv.test_transfers import BLOCK_SIZE, HEAD_DIM, LAYERS, bits, random_kv
 
 
 def swap(device: Device, registration: HostRegistration, rounds: int, seed: int) -> None:
@@ -146,6 +71,16 @@ def test_a_registered_buffer_is_copied_in_one_hop() -> None:
     assert not device.registered
 
 
+def test_a_closed_registration_copies_nothing() -> None:
+    device, host = Device(), big_host()
+    registration = HostRegistration(host, runtime=device)
+    registration.close()
+    registration.close()
+    assert not device.registered and not registration.registered
+    with pytest.raises(AssertionError, match="closed"):
+        registration.copy_slabs(host, host, torch.tensor([[0, 0]]), True)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("eager", [False, True])
 def test_refused_memory_is_copied_through_two_halves(seed: int, eager: bool) -> None:
@@ -185,5 +120,3 @@ def test_no_memory_to_copy_through_is_said(caplog: pytest.LogCaptureFixture) -> 
         MemoryBudgetError, match=r"neither .* nor .*pinned memory .*: CUDA error: out of memory$"
     ):
         registration.copy_slabs(host, host, torch.tensor([[0, 0]]), True)
-
-

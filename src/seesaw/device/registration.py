@@ -98,9 +98,9 @@ class CudaRuntime:
 class Registration:
     """Registers mappings, such as the files of a checkpoint, in this process, until `close`.
 
-    All their pages become resident and stay so. If the driver refuses a mapping as a whole it is asked for slices; if
-    it refuses those, one warning says how much is refused and what helps, and neither that mapping nor those behind it
-    are registered.
+    All their pages become resident and stay so. If the driver refuses a mapping as a whole it is asked for
+    slices; if it refuses those, one warning says how much is refused and what helps, and neither that mapping nor
+    those behind it are registered.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Registration:
         runtime: Runtime | None = None,
         slice_bytes: int = SLICE_BYTES,
     ) -> None:
-        """`mappings` are contiguous CPU tensors; no page of theirs may be registered yet, or be shared by two of them.
+        """`mappings` are contiguous CPU tensors; none of their pages is registered yet, or shared by two of them.
 
         `name` is what users call them, `remedy` what helps where they are too large. Memory that is mapped read-only
         must be registered as such.

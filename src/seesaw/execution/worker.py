@@ -256,8 +256,10 @@ class Worker:
         return report
 
     def _transition(self, action: Transition) -> None:
-        """Change over behind the work of the old sharding. On a GPU all of it is launched and nothing waited for: what
-        has room is fetched while the last micro-batches run, and the next ones wait for their weights layer by layer.
+        """Change over behind the work of the old sharding.
+
+        On a GPU all of it is launched and nothing waited for: what has room is fetched while the last micro-batches
+        run, and the next ones wait for their weights layer by layer.
         """
         compute, weights = self._device.compute, self._device.weights
         begun = compute.record()
@@ -283,7 +285,9 @@ class Worker:
             target = str(self._shardings[action.target].layout)
             self.trace.transition(ended - seconds, ended, target, fetched, copied)
         self._report(
-            TransitionAck(self._config.rank, action.id, fetched, copied, stats.seconds, ended - seconds, ended)
+            TransitionAck(
+                self._config.rank, action.id, fetched, copied, stats.seconds, ended - seconds, ended
+            )
         )
 
     def _check_weights(self) -> None:

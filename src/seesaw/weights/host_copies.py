@@ -1,4 +1,4 @@
-"""From the weight store into a GPU's memory: in one hop where the store is registered, else by way of pinned memory."""
+"""From the weight store into a GPU's memory: in one hop where the store is registered, else through pinned memory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CopyRows = Callable[[Tensor, Tensor], None]
 class HostCopies:
     """Copies boxes of parameters to the device, on the current stream and without waiting for it.
 
-    Owns the registration of the store's mappings, and where that is refused two pinned halves: the host fills one while
-    the device empties the other. One thread at a time.
+    Owns the registration of the store's mappings, and where that is refused two pinned halves: the host fills one
+    while the device empties the other. One thread at a time.
     """
 
     def __init__(
@@ -58,15 +58,17 @@ class HostCopies:
     def copy_box(self, source: Tensor, origin: Region, target: Tensor, place: Region) -> None:
         """Copy the box `origin` of a parameter of the store to the box `place` of `target` on the device.
 
-        Moves these bytes and no others over the link, as they are stored; the device converts them. Memory that is not
-        registered has been read on return.
+        Moves these bytes and no others over the link, as they are stored; the device converts them. Memory that is
+        not registered has been read on return.
         """
         wanted, room = _rows(box(source, origin)), _rows(box(target, place))
         assert wanted.shape == room.shape, (wanted.shape, room.shape)
         if not wanted.numel():
             return
         if _alike(wanted, room) and self._pages.in_one_span(wanted):
-            room.copy_(wanted, non_blocking=True)  # by a copy engine: no program of the device waits for the link
+            room.copy_(
+                wanted, non_blocking=True
+            )  # by a copy engine: no program of the device waits for the link
         elif self._kernel is not None and self._pages.reaches(wanted) and _aligned(wanted, room):
             self._kernel(wanted, room)
         else:

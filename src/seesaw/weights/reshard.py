@@ -92,11 +92,11 @@ class RankWeights:
     must let go of them before a transition that is not resident: their memory is free only then, and
     `plan_peak_bytes` counts on it.
 
-    Why no memory of a weight is written while something else still uses it, on a device whose streams run beside each
-    other: all weights are allocated and written on the stream `weights`, so the allocator hands memory that is freed on
-    to this stream alone, whose work is in order. Others that use weights are the work of `compute`: it comes behind
-    the copies by `Arrivals`; and whenever weights are let go, `_behind_computation` holds back later copies until
-    computation launched before is done. So memory may be freed, for the allocator, while computation still reads it.
+    Why no memory of a weight is written while something else still uses it, on a device whose streams run beside
+    each other: all weights are allocated and written on the stream `weights`, so the allocator hands memory that is
+    freed on to this stream alone, whose work is in order. All else that uses weights is the work of `compute`: it
+    comes behind the copies by `Arrivals`; and whenever weights are let go, `_behind_computation` holds back later
+    copies until the computation launched before is done. So tensors are dropped while computation still reads them.
     """
 
     def __init__(
@@ -109,9 +109,12 @@ class RankWeights:
         device: Device | None = None,
         budget: int = 0,
     ) -> None:
-        """`device` is a CPU rank's unless given. `budget` are the bytes that weights may take: what of it a transition
-        by `delta` or `reload` leaves free holds tensors that come while computation goes on. With less, transitions
-        take what `plan_peak_bytes` says."""
+        """`device` is a CPU rank's unless given.
+
+        `budget` are the bytes that weights may take. On a device whose streams run beside each other, what of it a
+        transition by `delta` or `reload` finds free takes tensors in while computation goes on. Whatever it is, no
+        transition takes more than the larger of it and `plan_peak_bytes`.
+        """
         self.tensors: dict[str, Tensor] = {}
         self.sharding: Sharding | None = None
         self.ledger = MemoryLedger()
@@ -145,8 +148,8 @@ class RankWeights:
         """Launch the change to the sharding `new`; see `Mode`. Also the first load, when nothing is held.
 
         Computation launched before still has the old weights, what is launched later has to wait for the new ones
-        (`Reshard.arrivals`). In `resident` mode at most two shardings are held, the one before the change and `new`; any
-        other is dropped first. The other modes drop all but the current one.
+        (`Reshard.arrivals`). In `resident` mode at most two shardings are held, the one before the change and
+        `new`; any other is dropped first. The other modes drop all but the current one.
         """
         begun = self._device.weights.record()
         arrivals = Arrivals(self._device.compute, begun) if self._beside else None
@@ -169,7 +172,9 @@ class RankWeights:
             spans = self._change_in_place(copies, arrivals)
         self.sharding = new
         dtype = self._dtype
-        fetched, kept, copied = (of(dtype) for of in (copies.bytes_fetched, copies.bytes_kept, copies.bytes_copied))
+        fetched, kept, copied = (
+            of(dtype) for of in (copies.bytes_fetched, copies.bytes_kept, copies.bytes_copied)
+        )
         return Reshard(fetched, kept, copied, arrivals, spans)
 
     def close(self) -> None:
@@ -218,7 +223,7 @@ class RankWeights:
         *,
         free: bool = False,
     ) -> tuple[Event, Event]:
-        """Launch the copies of `changes` in order, and with `free` let go of each source. Returns beginning and end."""
+        """Launch the copies of `changes` in order, with `free` letting go of each source; beginning and end."""
         weights = self._device.weights
         begun = weights.record()
         for change in changes:

@@ -49,11 +49,11 @@ def copy_tiles(
 
 
 def copy_rows(source: Tensor, target: Tensor, *, programs: int = PROGRAMS) -> None:
-    """Copy `source` to `target`, both `[rows, columns]` with elements of a row side by side; other types are converted.
+    """Copy `source` to `target`, both `[rows, columns]` with elements of a row side by side, converting their type.
 
-    `source` is a CPU tensor whose memory is registered, `target` is on the device. To be converted, elements must lie
-    at multiples of their size. Runs on the current stream, by up to `programs` programs, and waits for nothing. Raises
-    `ValueError` if the memory is not registered.
+    `source` is a CPU tensor whose memory is registered, `target` is on the device. To be converted, elements must
+    lie at multiples of their size. Runs on the current stream, by up to `programs` programs, and waits for nothing.
+    Raises `ValueError` if the memory is not registered.
     """
     rows, columns = target.shape
     assert source.shape == target.shape, (source.shape, target.shape)
