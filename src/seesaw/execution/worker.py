@@ -107,6 +107,7 @@ class Worker:
             config.rank,
             device=device,
             budget=config.weight_budget,
+            lock=config.lock_weights,
         )
         self._weights.load(self._shardings[0])
         self._check_weights()

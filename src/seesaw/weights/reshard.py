@@ -108,12 +108,14 @@ class RankWeights:
         *,
         device: Device | None = None,
         budget: int = 0,
+        lock: bool = True,
     ) -> None:
         """`device` is a CPU rank's unless given.
 
         `budget` are the bytes that weights may take. On a device whose streams run beside each other, what of it a
         transition by `delta` or `reload` finds free takes tensors in while computation goes on. Whatever it is, no
-        transition takes more than the larger of it and `plan_peak_bytes`.
+        transition takes more than the larger of it and `plan_peak_bytes`. With `lock` a GPU reaches the store itself,
+        which stays in the host's memory until `close`.
         """
         self.tensors: dict[str, Tensor] = {}
         self.sharding: Sharding | None = None
@@ -128,7 +130,7 @@ class RankWeights:
         self._resident: dict[Sharding, dict[str, Tensor]] = {}
         self._host: HostCopies | None = None
         if self._device.torch.type == "cuda":
-            self._host = HostCopies(store.mappings)
+            self._host = HostCopies(store.mappings if lock else ())
         self._fetch = copy_box if self._host is None else self._host.copy_box
 
     @property
