@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from seesaw.core.errors import ConfigError, WorkerError
 from seesaw.deployment import Deployment, Options, device_costs, resolve
 from seesaw.device.gpus import Gpu
 from seesaw.elastic import without
+from seesaw.preflight.limits import stored_bytes
 
 GIB = 1 << 30
 
@@ -35,7 +37,7 @@ def devices(deployment: Deployment) -> list[str]:
     assert messages
     shardings = list(deployment.shardings)
     return [
-        launch._worker_config(deployment, shardings, rank, None, None, ("shm", -1)).device
+        launch._worker_config(deployment, shardings, rank, None, None, ("shm", -1), True).device
         for rank in range(deployment.plan.world)
     ]
 
@@ -128,3 +130,17 @@ def test_a_node_file_names_devices(model: Path, monkeypatch: pytest.MonkeyPatch,
     node.write_text('{"ranks": [{"device": 1}, {"device": -2}]}')
     with pytest.raises(ConfigError, match="devices are numbered from 0"):
         asked(model, monkeypatch, plan="T2", node=str(node))
+
+
+def test_weights_are_locked_where_the_host_has_memory_for_them(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside the host buffer; random weights take theirs anyway, and ranks on the host lock nothing."""
+    deployment = replace(asked(model, monkeypatch), dummy=False)
+    size = stored_bytes(deployment)
+    for room, can in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(launch, "available_memory", lambda room=room: room)
+        assert launch._can_lock_weights(deployment, None) == can
+        assert ("are not registered with CUDA" in caplog.text) != can
+    assert launch._can_lock_weights(asked(model, monkeypatch), None)
+    assert launch._can_lock_weights(resolve(Options(model=str(model), device_memory="4MiB")), None)
