@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "ops": {"core", "native"},
     "transport": {"core", "native"},
     "models": {"core", "ops"},
-    "weights": {"core", "models", "native"},
+    "weights": {"core", "models", "native", "device"},
     "planning": {"core", "scheduling", "models", "weights"},
     "device": {"core"},
     "kv": {"core", "native", "device"},

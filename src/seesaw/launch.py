@@ -15,6 +15,8 @@ from seesaw.deployment import Deployment
 from seesaw.execution.local import LocalExecutor, OnEvents
 from seesaw.execution.messages import ShardingMessage, WorkerConfig
 from seesaw.kv.host_buffer import HostBuffer
+from seesaw.preflight.limits import stored_bytes
+from seesaw.preflight.system import available_memory
 from seesaw.transport.select import resolve_kind
 from seesaw.transport.shared_memory import create_region
 from seesaw.weights.sharding import Sharding
@@ -46,6 +48,8 @@ class LocalNode:
         self._ranks: LocalExecutor | None = None
         self._host_buffer: HostBuffer | None = None
         self._store: HostWeightStore | None = None
+        self._lock_weights: bool | None = None
+        """Decided before the first ranks take host memory."""
         self._closed = False
 
     def start(self, deployment: Deployment) -> None:
@@ -60,7 +64,11 @@ class LocalNode:
             self._ranks.close()
             self._ranks = None
         self._reserve(deployment)
-        self._ranks = _start_ranks(deployment, self._host_buffer, self._store, self._on_events)
+        if self._lock_weights is None:
+            self._lock_weights = _can_lock_weights(deployment, self._host_buffer)
+        self._ranks = _start_ranks(
+            deployment, self._host_buffer, self._store, self._on_events, self._lock_weights
+        )
 
     def submit(self, action: Action) -> None:
         """See `Executor`."""
@@ -100,6 +108,7 @@ def _start_ranks(
     host_buffer: HostBuffer | None,
     store: HostWeightStore | None,
     on_events: OnEvents | None,
+    lock_weights: bool,
 ) -> LocalExecutor:
     memory = deployment.memory
     logger.info(
@@ -111,7 +120,7 @@ def _start_ranks(
     shardings = list(deployment.shardings[: 2 if deployment.plan.reshards else 1])
     transport, region = _transport(deployment)
     configs = [
-        _worker_config(deployment, shardings, rank, host_buffer, store, (transport, region))
+        _worker_config(deployment, shardings, rank, host_buffer, store, (transport, region), lock_weights)
         for rank in range(deployment.plan.world)
     ]
     try:
@@ -119,6 +128,26 @@ def _start_ranks(
     finally:
         if region >= 0:
             os.close(region)  # the ranks have mapped it
+
+
+def _can_lock_weights(deployment: Deployment, host_buffer: HostBuffer | None) -> bool:
+    """Whether the host has memory for all of a checkpoint beside the host buffer, once for all ranks.
+
+    Locked pages cannot be dropped: what does not fit would not be refused, but end in processes being killed.
+    """
+    if not device_kind(deployment.options.device).pins_memory or deployment.dummy:
+        return True  # nothing is locked, or random weights take their memory anyway
+    buffer = 0 if host_buffer is None else host_buffer.bytes
+    weights, room = stored_bytes(deployment), available_memory()
+    if weights + buffer <= room:
+        return True
+    logger.warning(
+        "weights: the checkpoint's %s and a host buffer of %s are more than the %s of host memory that can be had, "
+        "so weights are not registered with CUDA, and pass through a staging buffer, at half the speed or less; a "
+        "smaller host buffer (--host-kv) may help",
+        *map(format_bytes, (weights, buffer, room)),
+    )
+    return False
 
 
 def _transport(deployment: Deployment) -> tuple[str, int]:
@@ -137,6 +166,7 @@ def _worker_config(
     host_buffer: HostBuffer | None,
     store: HostWeightStore | None,
     transport: tuple[str, int],
+    lock_weights: bool,
 ) -> WorkerConfig:
     options, memory = deployment.options, deployment.memory
     return WorkerConfig(
@@ -164,6 +194,7 @@ def _worker_config(
         host_buffer_fd=-1 if host_buffer is None else host_buffer.fd,
         store_path=options.model if store is None else store.source.path,
         dummy_weights=store is not None,
+        lock_weights=lock_weights,
         attention=options.attention,
         profile=options.profile or "",
         trace=options.trace is not None,

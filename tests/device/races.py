@@ -70,7 +70,9 @@ class FakeEvent:
         self._cuda.join(self.clock)
 
     def elapsed_time(self, end: FakeEvent) -> float:
-        """Milliseconds."""
+        """Milliseconds. Who asks must know that both have been reached."""
+        if not (self._cuda.has_seen(self.clock) and self._cuda.has_seen(end.clock)):
+            self._cuda.races.add("the time between events that may not have been reached")
         return 1.0
 
 
@@ -236,6 +238,15 @@ class FakeCuda:
         with self.lock:
             host = self._host().clock
             np.maximum(host, clock, out=host)
+
+    def never(self) -> Clock:
+        """The clock of a message that says nothing of the order."""
+        return np.zeros(_MOST_ACTORS, dtype=np.int64)
+
+    def has_seen(self, clock: Clock) -> bool:
+        """Whether this thread has seen all of `clock`."""
+        with self.lock:
+            return bool((clock <= self._host().clock).all())
 
     def seen(self) -> Clock:
         """What this thread has seen, to be sent along with a message."""

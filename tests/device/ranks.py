@@ -24,14 +24,17 @@ from seesaw.execution import kv_copies
 from seesaw.execution import stage as stage_module
 from seesaw.execution import worker as worker_module
 from seesaw.execution.local import LocalExecutor, _Rank
-from seesaw.execution.messages import FromWorker, Ready, Shutdown, ToWorker
+from seesaw.execution.messages import FromWorker, Ready, Shutdown, ToWorker, TransitionAck
 from seesaw.execution.sampling import Logprobs
 from seesaw.execution.worker import Worker
 from seesaw.kv import transfers
+from seesaw.models import decoder
 from seesaw.ops.torch_ops import TorchOperators
 from seesaw.transport.base import Members, Transport
+from seesaw.weights import reshard
 from tests.device.captures import Watching
 from tests.device.races import Clock, FakeCuda, Memory, Rows
+from tests.device.weights import WeightsWatch
 
 TIMEOUT = 60.0
 _WHOLE = np.zeros(1, dtype=np.int64)
@@ -43,6 +46,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.cuda = FakeCuda()
+        self.weights = WeightsWatch(self.cuda)
         self._pools = threading.local()
         self._host: Memory | None = None
         self._lock = threading.Lock()
@@ -258,7 +262,9 @@ class ThreadExecutor(LocalExecutor):
         cuda = self.watch.cuda
 
         def report(message: FromWorker | BaseException) -> None:
-            self._reports.put((cuda.seen(), message))
+            # nobody may wait for the report of a transition, which can come at any time: it orders nothing
+            clock = cuda.never() if isinstance(message, TransitionAck) else cuda.seen()
+            self._reports.put((clock, message))
 
         try:
             with self.watch.watching():
@@ -339,6 +345,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         patch.setattr(kv_copies, "swap_out", told(transfers.swap_out, out=True))
         patch.setattr(kv_copies, "swap_in", told(transfers.swap_in, out=False))
         patch.setattr(worker_module, "create_attention", lambda *_, **__: WatchedAttention(watch))
+        weights, made = watch.weights, worker_module.create_operators
+        patch.setattr(worker_module, "create_operators", lambda *a, **o: weights.operators(made(*a, **o)))
+        patch.setattr(decoder, "embedding", weights.read(decoder.embedding))
+        patch.setattr(reshard, "copy_box", weights.copy_box(reshard.copy_box))
+        ledger = reshard.MemoryLedger
+        patch.setattr(ledger, "allocate", weights.allocate(ledger.allocate))
         patch.setattr(launch, "LocalExecutor", type("Watched", (ThreadExecutor,), {"watch": watch}))
         yield watch
 

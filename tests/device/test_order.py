@@ -91,9 +91,9 @@ def event_of_the_wrong_moment(patch: Patch) -> None:
     patch.setattr(CudaStream, "after", after)
 
 
-def transition_without_drain(patch: Patch) -> None:
+def transition_without_fence(patch: Patch) -> None:
     """The pool is viewed anew while copies of the old view are under way, which nobody has been told are done."""
-    patch.setattr(CopyEngine, "drain", lambda self: None)
+    patch.setattr(CopyEngine, "fence", lambda self: None)
 
 
 def block_tables_of_the_compute_stream(patch: Patch) -> None:
@@ -116,7 +116,7 @@ def block_tables_of_the_compute_stream(patch: Patch) -> None:
         (copies_reported_without_waiting, "P2->T2"),
         (copies_reported_without_waiting, "P2->D2"),
         (event_of_the_wrong_moment, "P2->T2"),
-        (transition_without_drain, "P2->D2"),
+        (transition_without_fence, "P2->D2"),
         (block_tables_of_the_compute_stream, "P2->D2"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from seesaw.device.gpus import Gpu
 from seesaw.elastic import without
 from seesaw.inventory import take_inventory
 from seesaw.options import Options
+from seesaw.preflight.limits import stored_bytes
 
 GIB = 1 << 30
 
@@ -38,7 +40,7 @@ def devices(deployment: Deployment) -> list[str]:
     assert messages
     shardings = list(deployment.shardings)
     return [
-        launch._worker_config(deployment, shardings, rank, None, None, ("shm", -1)).device
+        launch._worker_config(deployment, shardings, rank, None, None, ("shm", -1), True).device
         for rank in range(deployment.plan.world)
     ]
 
@@ -159,3 +161,17 @@ def test_what_a_node_has_and_gives(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert (found.taken.device, found.taken.ranks) == ("cuda", 2)
     assert found.taken.device_memory == int(16 * GIB * 0.95)
     assert "catalogue's figures of L4" in found.taken.planner
+
+
+def test_weights_are_locked_where_the_host_has_memory_for_them(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside the host buffer; random weights take theirs anyway, and ranks on the host lock nothing."""
+    deployment = replace(asked(model, monkeypatch), dummy=False)
+    size = stored_bytes(deployment)
+    for room, can in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(launch, "available_memory", lambda room=room: room)
+        assert launch._can_lock_weights(deployment, None) == can
+        assert ("are not registered with CUDA" in caplog.text) != can
+    assert launch._can_lock_weights(asked(model, monkeypatch), None)
+    assert launch._can_lock_weights(resolve(Options(model=str(model), load_format="dummy")), None)

@@ -12,8 +12,9 @@ from tests import triton_interpreter
 
 pytestmark = [pytest.mark.gpu, triton_interpreter.needs_compiled_kernels()]
 
-from seesaw.kv.host_buffer import HostBuffer  # noqa: E402 - behind the interpreter's switch
-from seesaw.kv.registered import CudaRuntime, HostRegistration  # noqa: E402
+from seesaw.device.registration import CudaRuntime  # noqa: E402 - behind the interpreter's switch
+from seesaw.kv.host_buffer import HostBuffer  # noqa: E402
+from seesaw.kv.registered import HostRegistration  # noqa: E402
 from seesaw.kv.transfers import block_table, copy_slabs, swap_in, swap_out  # noqa: E402
 from seesaw.kv.triton_copies import copy_slabs as one_hop  # noqa: E402
 

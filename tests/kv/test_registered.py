@@ -1,93 +1,18 @@
-"""Registration of host memory with the device, against a runtime that records, refuses and is late."""
+"""The host buffer registered with the device or not, against a driver that records, refuses and is late."""
 
 from __future__ import annotations
 
-import logging
-import mmap
 import random
-import resource
-from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from seesaw.core.errors import MemoryBudgetError
-from seesaw.kv import registered
-from seesaw.kv.registered import CudaRuntime, HostRegistration
+from seesaw.kv.registered import HostRegistration
 from seesaw.kv.transfers import copy_slabs, swap_in, swap_out
-from tests.kv.test_transfers import BLOCK_SIZE, HEAD_DIM, LAYERS, bits, host_buffer, random_kv
-
-PAGE = mmap.PAGESIZE
-Call = tuple[str, int, int]
-
-
-class Stream:
-    """Work in order, done up to some point."""
-
-    def __init__(self) -> None:
-        self.queue: list[Callable[[], None]] = []
-        self.done = 0
-
-    def run(self, until: int) -> None:
-        while self.done < until:
-            self.queue[self.done]()
-            self.done += 1
-
-
-class Device:
-    """A runtime and two streams, in and out, that do what they are given as late as they may, or sooner by chance."""
-
-    def __init__(
-        self, refuse: Callable[[int], int] = lambda size: 0, chance: random.Random | None = None
-    ) -> None:
-        self.refuse = refuse
-        """The error for a registration of so many bytes."""
-        self.calls: list[Call] = []
-        self.registered: dict[int, int] = {}
-        self.pinned_bytes = 0
-        self._streams: tuple[Stream, Stream] = (Stream(), Stream())
-        self._current = self._streams[0]
-        self._chance = chance
-
-    def register(self, address: int, size: int, read_only: bool) -> int:
-        self.calls.append(("read-only" if read_only else "register", address, size))
-        error = self.refuse(size)
-        if not error:
-            self.registered[address] = size
-        return error
-
-    def unregister(self, address: int) -> int:
-        self.calls.append(("unregister", address, 0))
-        return 0 if self.registered.pop(address, None) is not None else 713
-
-    def explain(self, error: int) -> str:
-        return {2: "out of memory", 713: "not registered"}[error]
-
-    def synchronize(self) -> None:
-        self.calls.append(("synchronize", 0, 0))
-        for stream in self._streams:
-            stream.run(len(stream.queue))
-
-    def pinned(self, size: int) -> Tensor:
-        self.pinned_bytes += size
-        return torch.full((size,), 0xEE, dtype=torch.uint8)
-
-    def record(self) -> SimpleNamespace:
-        stream, behind = self._current, len(self._current.queue)
-        return SimpleNamespace(synchronize=lambda: stream.run(behind))
-
-    def copy(self, near: Tensor, far: Tensor, table: Tensor, to_host: bool) -> None:
-        """A kernel, on the stream of its direction."""
-        self._current = stream = self._streams[to_host]
-        stream.queue.append(lambda: copy_slabs(near, far, table, to_host))
-        if self._chance is not None:
-            stream.run(self._chance.randint(stream.done, len(stream.queue)))
-
-
-def refusing(size: int) -> int:
-    return 2
+from tests.device.driver import Device, refusing
+from tests.kv.test_transfers import BLOCK_SIZE, HEAD_DIM, LAYERS, bits, random_kv
 
 
 def swap(device: Device, registration: HostRegistration, rounds: int, seed: int) -> None:
@@ -131,17 +56,6 @@ def big_host() -> Tensor:
     return random_kv(4, 40)
 
 
-def test_memory_is_registered_whole_and_in_pages() -> None:
-    device, host = Device(), host_buffer(4)
-    registration = HostRegistration(host, runtime=device)
-    (call,) = device.calls
-    assert call == ("register", host.data_ptr(), -(-host.nbytes // PAGE) * PAGE) and call[1] % PAGE == 0
-    assert registration.registered and registration.spans == (call[1:],)
-    inner = host.view(-1)[PAGE // 2 + 7 : PAGE + 9]  # within a mapping, across two pages
-    HostRegistration(inner, runtime=device, read_only=True)
-    assert device.calls[-1] == ("read-only", host.data_ptr() + PAGE, 2 * PAGE)
-
-
 def test_a_registered_buffer_is_copied_in_one_hop() -> None:
     device, host = Device(chance=random.Random(1)), big_host()
     given: list[int] = []
@@ -157,53 +71,14 @@ def test_a_registered_buffer_is_copied_in_one_hop() -> None:
     assert not device.registered
 
 
-def test_the_device_is_waited_for_before_pages_go_back() -> None:
-    device, host = Device(), host_buffer(4)
+def test_a_closed_registration_copies_nothing() -> None:
+    device, host = Device(), big_host()
     registration = HostRegistration(host, runtime=device)
     registration.close()
     registration.close()
-    assert [name for name, *_ in device.calls] == ["register", "synchronize", "unregister"]
-    assert not device.registered and not registration.registered and registration.spans == ()
+    assert not device.registered and not registration.registered
     with pytest.raises(AssertionError, match="closed"):
         registration.copy_slabs(host, host, torch.tensor([[0, 0]]), True)
-
-
-def test_a_driver_that_refuses_much_at_once_gets_slices(caplog: pytest.LogCaptureFixture) -> None:
-    host = torch.empty(10 * PAGE, dtype=torch.uint8).view(-1)
-    device = Device(refuse=lambda size: 2 if size > 4 * PAGE else 0)
-    registration = HostRegistration(host, runtime=device, slice_bytes=4 * PAGE)
-    assert registration.registered and not caplog.records
-    sizes = [size for _, size in registration.spans]
-    assert sizes[:2] == [4 * PAGE, 4 * PAGE] and sum(sizes) >= host.nbytes
-    ends = [address + size for address, size in registration.spans]
-    assert ends[:-1] == [address for address, _ in registration.spans[1:]]
-    registration.close()
-    assert not device.registered
-
-
-@pytest.mark.parametrize("limit", [64 << 10, resource.RLIM_INFINITY])
-def test_a_refusal_leaves_nothing_behind_and_says_what_helps(
-    limit: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
-    left = [2]
-
-    def refuse(size: int) -> int:
-        left[0] -= size <= 4 * PAGE
-        return 2 if size > 4 * PAGE or left[0] < 0 else 0
-
-    device = Device(refuse)
-    registration = HostRegistration(
-        torch.empty(16 * PAGE, dtype=torch.uint8), runtime=device, slice_bytes=4 * PAGE
-    )
-    assert not registration.registered and not device.registered
-    assert [name for name, *_ in device.calls] == ["register"] * 4 + ["unregister"] * 2
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    text = record.getMessage()
-    assert text.startswith("host buffer: ") and "(out of memory, error 2)" in text and "smaller" in text
-    assert ("ulimit -l unlimited" in text and "64.0 KiB now" in text) == (limit == 64 << 10)
-    registration.close()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -245,41 +120,3 @@ def test_no_memory_to_copy_through_is_said(caplog: pytest.LogCaptureFixture) -> 
         MemoryBudgetError, match=r"neither .* nor .*pinned memory .*: CUDA error: out of memory$"
     ):
         registration.copy_slabs(host, host, torch.tensor([[0, 0]]), True)
-
-
-def test_what_cannot_be_given_back_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    device, host = Device(), host_buffer(4)
-    registration = HostRegistration(host, "weight store", runtime=device)
-    device.registered.clear()
-    registration.close()
-    assert "weight store" in caplog.text and "not registered (CUDA error 713)" in caplog.text
-
-
-def test_a_buffer_of_no_blocks() -> None:
-    device = Device(refusing)
-    with HostRegistration(torch.empty(0, 3, 2), runtime=device) as registration:
-        assert registration.registered
-    assert device.calls == []
-
-
-def test_cuda_is_called_with_its_flags_and_errors_do_not_linger(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[object, ...]] = []
-    library = SimpleNamespace(
-        cudaHostRegister=lambda *given: calls.append(given) or (2 if given[1] > 100 else 0),
-        cudaHostUnregister=lambda address: 713,
-        cudaError=lambda code: code,
-        cudaGetErrorString=lambda code: f"error number {code}",
-    )
-    monkeypatch.setattr(registered.torch.cuda, "cudart", lambda: library)
-    cleared: list[str] = []
-
-    def kernel(size: int, device: str) -> None:
-        cleared.append(device)
-        raise RuntimeError("CUDA error: out of memory")  # as torch reports what an earlier call left
-
-    monkeypatch.setattr(registered.torch, "ones", kernel)
-    runtime = CudaRuntime()
-    assert runtime.register(4096, 100, False) == 0 and cleared == []
-    assert runtime.register(4096, 200, True) == 2 and cleared == ["cuda"]
-    assert calls == [(4096, 100, 3), (4096, 200, 11)]
-    assert runtime.unregister(4096) == 713 and runtime.explain(713) == "error number 713"

@@ -121,6 +121,12 @@ class Device(Protocol):
         """For copies of KV from there; may be the same stream."""
         ...
 
+    @property
+    def weights(self) -> Stream:
+        """For all that writes weights: copies from the host store, and within the device. `compute` itself where
+        nothing runs beside it."""
+        ...
+
     def upload(self, arrays: Sequence[Array]) -> list[Tensor]:
         """The arrays as tensors on the device, for work on `compute` from here on. The host does not wait, and the
         arrays must not change any more."""

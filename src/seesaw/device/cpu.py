@@ -146,7 +146,7 @@ class CpuDevice:
         self.name = "cpu"
         self.torch = torch.device("cpu")
         self.runs_behind = False
-        self.compute = CallerStream()
+        self.compute = self.weights = CallerStream()
         self.to_host = self.to_device = ThreadStream("copies")
 
     def upload(self, arrays: Sequence[Array]) -> list[Tensor]:

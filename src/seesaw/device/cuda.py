@@ -130,6 +130,7 @@ class CudaDevice:
         self.compute = CudaStream(self._api, self._api.current_stream(self.torch), "compute")
         self.to_host = CudaStream(self._api, self._api.Stream(self.torch), "to-host")
         self.to_device = CudaStream(self._api, self._api.Stream(self.torch), "to-device")
+        self.weights = CudaStream(self._api, self._api.Stream(self.torch), "weights")
         self._uploads = _Uploads(self.compute, self.torch)
         self._capturing: Any = None
 
@@ -153,7 +154,7 @@ class CudaDevice:
     def close(self) -> None:
         """See `Device.close`."""
         with ExitStack() as streams:  # each of them is closed, whatever another one raises
-            for stream in (self.compute, self.to_host, self.to_device):
+            for stream in (self.compute, self.to_host, self.to_device, self.weights):
                 streams.callback(stream.close)
 
 

@@ -207,9 +207,10 @@ class DecodeGraphs:
         return Step(self._static.hidden[:count], self._graphs[size])
 
     def finish(self) -> None:
-        """Wait until no replay is under way, so that graphs may go, unless they stay."""
+        """No more steps: graphs go when the last replay is over, unless they stay. The host does not wait for it."""
         if self._graphs and not self._rank.keep:
-            self._rank.device.compute.record().wait()
+            graphs, self._graphs = self._graphs, {}
+            self._rank.device.compute.notify(graphs.clear)
 
     def _make(self, size: int) -> bool:
         """Capture what a step of `size` needs; whether the whole group could."""

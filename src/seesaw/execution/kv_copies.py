@@ -49,7 +49,9 @@ class KvCopies:
         return self._host
 
     def change_view(self, view: RankView) -> None:
-        """From here on the pool holds the slabs of `view`. Nothing may be under way."""
+        """From here on the pool holds the slabs of `view`; what is launched later comes behind copies of the old
+        view."""
+        self._engine.fence()
         self._view = view
 
     def write_through(
@@ -81,10 +83,6 @@ class KvCopies:
         """Copy whole blocks in."""
         table = self._table(pairs)
         self._engine.to_device(lambda: self._in(table), on_done)
-
-    def drain(self) -> None:
-        """Wait until everything submitted so far is done. Raises what went wrong."""
-        self._engine.drain()
 
     def close(self) -> None:
         """Give the host memory back to the system. Nothing may be under way."""

@@ -56,6 +56,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     store_path: str
     """Where the host weight store is opened: the model's directory, or the memory of random weights."""
     dummy_weights: bool
+    lock_weights: bool
+    """Whether a rank on a GPU registers the store with it, which locks all of it in the host's memory."""
     attention: str | None
     profile: str
     """Folder to which the rank writes where its time went; empty for none."""

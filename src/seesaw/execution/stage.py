@@ -23,6 +23,7 @@ from seesaw.execution.slots import Inputs, SlotTables
 from seesaw.kv.device_pool import DevicePool
 from seesaw.models.decoder import Decoder
 from seesaw.ops.base import Operators
+from seesaw.weights.arrivals import EMBEDDING, HEAD, Arrivals
 from seesaw.weights.sharding import RankView
 
 
@@ -54,15 +55,25 @@ class _Layers:
     first_layer: int
 
     def __call__(
-        self, inputs: Inputs, received: Tensor | None, after_attention: Callable[[int], None] | None = None
+        self,
+        inputs: Inputs,
+        received: Tensor | None,
+        before: Callable[[int], None] | None = None,
+        after_attention: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """What leaves the stage: hidden states of all tokens, or on the last one of those to be sampled."""
+        """What leaves the stage: hidden states of all tokens, or on the last one of those to be sampled.
+
+        `before` is called with each group of weights before it is read.
+        """
+        if received is None and before is not None:
+            before(EMBEDDING)
         hidden = self.decoder.embed(inputs.tokens) if received is None else received
         attend = _PagedAttend(self.backend, self.pool, self.spec, self.first_layer, inputs)
         return self.decoder.layers(
             hidden,
             inputs.positions,
             attend,
+            before_layer=before,
             after_attention=after_attention,
             sampled_rows=inputs.sampled_rows,
         )
@@ -86,12 +97,15 @@ class Stage:
         block_size: int,
         device: Device,
         graphs: RankGraphs | None = None,
+        arrivals: Arrivals | None = None,
     ) -> None:
-        """`graphs` if decode steps may be captured."""
+        """`graphs` if decode steps may be captured. With `arrivals`, the first Forward waits for `weights` layer by
+        layer."""
         self.view = view
         self._device = device
         self._spec, self._dtype, self._group = spec, dtype, group
         self._vocab_widths = vocab_widths
+        self._arrivals = arrivals
         self._decoder = Decoder(spec, view, weights, group, operators)
         self._layers = _Layers(self._decoder, attention, pool, spec, view.layers.start)
         self._graphs: DecodeGraphs | None = None
@@ -173,13 +187,22 @@ class Stage:
         received = None
         if not self.view.first_stage:
             received = self._links.receive_hidden(len(inputs.tokens), self._spec.hidden, self._dtype)
-        return self._layers(inputs, received, after_attention)
+        before = None if self._arrivals is None else self._await
+        return self._layers(inputs, received, before, after_attention)
+
+    def _await(self, group: int) -> None:
+        """Hold computation back until the weights of a layer, or of the embedding or the head, are there."""
+        if self._arrivals is not None:
+            self._arrivals.before(group)
+            if not self._arrivals.pending:
+                self._arrivals = None
 
     def _sample(self, forward: Forward, rows: Tensor) -> SampleResult:
         """Sample, and give the tokens to the first stage. Only the sampler's rank gets the true result."""
         slots = [forward.slots[i] for i in forward.sampled]
         if not slots:
             return self._none_chosen(0)
+        self._await(HEAD)
         step = self._logit_rows
         parts = [slice(start, start + step) for start in range(0, len(slots), step)]
         result = SampleResult.joined([self._sample_rows(slots[part], rows[part]) for part in parts])

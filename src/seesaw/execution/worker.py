@@ -53,8 +53,9 @@ from seesaw.kv.host_buffer import HostBuffer
 from seesaw.ops.select import create_operators
 from seesaw.transport.base import Transport
 from seesaw.transport.select import create_transport, staged_for
+from seesaw.weights.arrivals import Arrivals
 from seesaw.weights.changes import Mode
-from seesaw.weights.reshard import RankWeights
+from seesaw.weights.reshard import RankWeights, Reshard
 from seesaw.weights.sharding import Sharding, rank_view
 from seesaw.weights.store import HostWeightStore, StoreSource
 
@@ -102,7 +103,13 @@ class Worker:
             self._transport = self.trace.watch(self._transport)
         self._store = self._open_store()
         self._weights = RankWeights(
-            config.spec, self._store, cast(DType, config.dtype), config.rank, device=device.torch
+            config.spec,
+            self._store,
+            cast(DType, config.dtype),
+            config.rank,
+            device=device,
+            budget=config.weight_budget,
+            lock=config.lock_weights,
         )
         self._weights.load(self._shardings[0])
         self._check_weights()
@@ -174,7 +181,7 @@ class Worker:
         finally:
             os.close(fd)  # the buffer holds a descriptor of its own
 
-    def _make_stage(self) -> Stage:
+    def _make_stage(self, arrivals: Arrivals | None = None) -> Stage:
         view, sharding = self._views[self._current], self._shardings[self._current]
         self._pool.view(
             blocks=self._config.device_blocks[self._current],
@@ -198,6 +205,7 @@ class Worker:
             block_size=self._config.block_size,
             device=self._device,
             graphs=self._graphs if self._current == len(self._shardings) - 1 else None,
+            arrivals=arrivals,
         )
 
     def ready(self) -> Ready:
@@ -261,24 +269,38 @@ class Worker:
         return report
 
     def _transition(self, action: Transition) -> None:
-        started = time.monotonic()
+        """Change over behind the work of the old sharding.
+
+        On a GPU all of it is launched and nothing waited for: what has room is fetched while the last micro-batches
+        run, and the next ones wait for their weights layer by layer.
+        """
+        compute, weights = self._device.compute, self._device.weights
+        begun = compute.record()
         self._stage.finish()
-        self._copies.drain()
+        self._copies.change_view(self._views[action.target])
         del self._stage  # its decoder holds weights that the transition is to free
-        stats = self._weights.transition(
+        reshard = self._weights.begin(
             self._shardings[action.target], cast(Mode, self._config.transition_mode)
         )
         self._check_weights()
         self._current = action.target
-        self._copies.change_view(self._views[action.target])
-        self._stage = self._make_stage()
+        self._stage = self._make_stage(reshard.arrivals)
+        weights.after(compute.record())  # a transition has ended when the old sharding's work has as well
+        ended = weights.record()
+        weights.notify(lambda: self._changed(action, reshard, ended.seconds_since(begun)))
+
+    def _changed(self, action: Transition, reshard: Reshard, seconds: float) -> None:
+        """Report a transition that has just ended, so many seconds after the last work of the old sharding."""
         ended = time.monotonic()
+        stats = reshard.stats()
         fetched, copied = stats.bytes_fetched, stats.bytes_copied
         if self.trace is not None:
             target = str(self._shardings[action.target].layout)
-            self.trace.transition(started, ended, target, fetched, copied)
+            self.trace.transition(ended - seconds, ended, target, fetched, copied)
         self._report(
-            TransitionAck(self._config.rank, action.id, fetched, copied, stats.seconds, started, ended)
+            TransitionAck(
+                self._config.rank, action.id, fetched, copied, stats.seconds, ended - seconds, ended
+            )
         )
 
     def _check_weights(self) -> None:
@@ -293,6 +315,7 @@ class Worker:
         del self._stage  # NCCL's communicators outlive the graphs that use them
         self._graphs.close()
         self._copies.close()
+        self._weights.close()
         self._transport.close()
         if self.trace is not None:
             self.trace.flush()

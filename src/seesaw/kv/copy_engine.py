@@ -13,8 +13,8 @@ class CopyEngine:
     """Runs copies on the copy streams of a device, each behind the computation launched before it.
 
     Those of one direction run in the order submitted. Computation does not wait for copies: whoever reuses what a
-    copy reads, or reads what it writes, waits until the copy has been reported (`on_done`), or for `drain`. A copy
-    that fails stops its direction: see `Stream`.
+    copy reads, or reads what it writes, waits until the copy has been reported (`on_done`), for `drain`, or behind
+    `fence`. A copy that fails stops its direction: see `Stream`.
     """
 
     def __init__(self, device: Device) -> None:
@@ -32,6 +32,12 @@ class CopyEngine:
     def to_device(self, copy: Callable[[], int], on_done: Callable[[int, float], None] | None = None) -> None:
         """The same for a copy from the host."""
         self._submit(self._to_device, copy, on_done)
+
+    def fence(self) -> None:
+        """Hold back computation that is launched from here on until everything submitted so far is done: what copies
+        read may be written then. Where computation is the caller's, it blocks, and raises what went wrong."""
+        for stream in (self._to_host, self._to_device):
+            self._compute.after(stream.record())
 
     def drain(self) -> None:
         """Wait until everything submitted so far is done. Raises what went wrong."""

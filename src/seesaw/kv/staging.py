@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from seesaw.core.workspace import STAGING_BYTES
+from seesaw.device.registration import Fence
 from seesaw.kv.transfers import SlabCopy, copy_slabs
-
-
-class Fence(Protocol):
-    """A point in the work of the device's current stream."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has come to it."""
-        ...
 
 
 class StagedCopies:

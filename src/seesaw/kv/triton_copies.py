@@ -1,7 +1,7 @@
 """Copies of KV slabs between a GPU's pool and host memory in one hop, by a Triton kernel.
 
 The kernel reads device memory and writes host memory that is registered with the device
-(`kv.registered`), or the other way round: scattered slabs of any size move as if they were one large transfer,
+(`device.registration`), or the other way round: scattered slabs of any size move as if they were one large transfer,
 without a buffer between and without a call per slab. It is bound by the link to the host.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators

@@ -109,14 +109,15 @@ class Decoder:
         positions: Tensor,
         attend: Attend,
         *,
+        before_layer: Callable[[int], None] | None = None,
         after_attention: Callable[[int], None] | None = None,
         sampled_rows: Tensor | None = None,
     ) -> Tensor:
         """Run this stage's layers.
 
         `hidden` is `[N, hidden]` and is changed in place; the result is whole on every rank. `positions` (`[N]`,
-        int64) counts tokens from the start of each sequence. `after_attention(layer)` is called with the global
-        number of each layer once its K and V are in the pool.
+        int64) counts tokens from the start of each sequence. `before_layer(layer)` is called with the global number
+        of each layer before its first operator, `after_attention(layer)` once its K and V are in the pool.
 
         With `sampled_rows` (`[M]`, int64) the result has these rows only, `[M, hidden]`, on the last stage: of
         the model's last layer all tokens need K and V, but only they need the rest. Other stages ignore it.
@@ -125,6 +126,8 @@ class Decoder:
             turn = rotation(self._spec.rope, self._spec.head_dim, positions)
             delta = None
             for number, layer in self._layers:
+                if before_layer is not None:
+                    before_layer(number)
                 rows = sampled_rows if number == self._spec.layers - 1 else None
                 normed = self._add_norm(hidden, delta, layer.input_norm)
                 mixed = self._attention(number, layer, normed, turn, attend, rows)

@@ -78,7 +78,7 @@ def needs_of(deployment: Deployment) -> Needs:
     """What the plan of `deployment` allocates."""
     spec, memory, width = deployment.spec, deployment.memory, DTYPE_BYTES[deployment.dtype]
     block = spec.layers * 2 * spec.kv_heads * deployment.options.block_size * spec.head_dim * width
-    weights = sum(parameter.size for parameter in parameters(spec)) * width
+    weights = stored_bytes(deployment)
     return Needs(
         host_buffer=memory.host_blocks * block,
         fixed=tuple(w + s for w, s in zip(memory.weights, memory.workspace, strict=True)),
@@ -86,6 +86,12 @@ def needs_of(deployment: Deployment) -> Needs:
         shared_weights=weights if deployment.dummy else 0,
         mapped=weights,
     )
+
+
+def stored_bytes(deployment: Deployment) -> int:
+    """Of the weights that ranks map: as the checkpoint has them, or random ones in the type that is computed in."""
+    dtype = deployment.dtype if deployment.dummy else deployment.spec.dtype
+    return sum(parameter.size for parameter in parameters(deployment.spec)) * DTYPE_BYTES[dtype]
 
 
 def check_limits(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Literal, cast
@@ -13,6 +13,7 @@ import torch
 from seesaw.core.devices import kind_of
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType, ModelSpec, RopeSpec
+from seesaw.device.select import open_device
 from seesaw.kv.transfers import SlabCopy, swap_in, swap_out
 from seesaw.profiling.clock import Call
 from seesaw.profiling.operands import Operands
@@ -70,8 +71,10 @@ def reshard_seconds(
     element = cast(DType, dtype)
     spec = _SPEC if kind_of(device).on_host else _DEVICE_SPEC
     whole, half = (make_sharding(spec, Layout.parse(text)) for text in ("D2", "T2"))
-    with HostWeightStore.dummy(spec, element, seed=0) as store:
-        weights = RankWeights(spec, store, element, 0, device=device)
+    with (
+        HostWeightStore.dummy(spec, element, seed=0) as store,
+        closing(RankWeights(spec, store, element, 0, device=open_device(device))) as weights,
+    ):
         weights.load(whole)
 
         def change(target: Sharding) -> tuple[float, TransitionStats]:

@@ -119,8 +119,9 @@ def _stage(
 ) -> Stage:
     sharding = make_sharding(spec, Layout())
     view, element = rank_view(spec, sharding, 0), getattr(torch, dtype)
-    weights = RankWeights(spec, store, cast(DType, dtype), 0, device=place.torch)
+    weights = RankWeights(spec, store, cast(DType, dtype), 0, device=place)
     weights.load(sharding)
+    weights.close()
     shape = (_BLOCKS, spec.layers, spec.kv_heads, _BLOCK_SIZE, spec.head_dim)
     pool = DevicePool(2 * torch.Size(shape).numel() * element.itemsize, place.torch)
     pool.view(*shape, element)

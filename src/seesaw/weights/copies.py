@@ -17,9 +17,9 @@ _CopyRows = Callable[..., None]
 def copy_box(source: Tensor, origin: Region, target: Tensor, place: Region) -> None:
     """Copy the box `origin` of `source` to the box `place` of `target`, converting the element type on the way.
 
-    On an accelerator it may still be under way on return.
+    On an accelerator, where both are, it is launched on the current stream.
     """
-    wanted, room = source[_slices(origin)], target[_slices(place)]
+    wanted, room = box(source, origin), box(target, place)
     kernel = _kernel() if _in_rows(wanted) and _in_rows(room) and wanted.dtype == room.dtype else None
     if kernel is None or wanted.numel() == 0:
         room.copy_(wanted, non_blocking=True)
@@ -31,13 +31,14 @@ def copy_box(source: Tensor, origin: Region, target: Tensor, place: Region) -> N
     kernel(room.data_ptr(), wanted.data_ptr(), rows, wanted.shape[-1] * size, *strides)
 
 
-def _in_rows(box: Tensor) -> bool:
+def _in_rows(part: Tensor) -> bool:
     """Whether the kernel can take it: rows of elements that lie side by side."""
-    return box.is_cpu and 1 <= box.dim() <= 2 and (box.stride(-1) == 1 or box.shape[-1] == 1)
+    return part.is_cpu and 1 <= part.dim() <= 2 and (part.stride(-1) == 1 or part.shape[-1] == 1)
 
 
-def _slices(region: Region) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in region)
+def box(tensor: Tensor, region: Region) -> Tensor:
+    """The view of `region`."""
+    return tensor[tuple(slice(start, stop) for start, stop in region)]
 
 
 def _kernel() -> _CopyRows | None:

@@ -362,6 +362,12 @@ def copy_list(spec: ModelSpec, old: Sharding | None, new: Sharding, rank: int) -
     return copy_list_between(_tensors_held(spec, old, rank), device_tensors(spec, new, rank))
 
 
+def reload_list(spec: ModelSpec, old: Sharding | None, new: Sharding, rank: int) -> CopyList:
+    """What `rank` drops and fetches to change from `old` to `new` without keeping anything."""
+    fresh = copy_list_between((), device_tensors(spec, new, rank))
+    return CopyList(fresh.changes, _tensors_held(spec, old, rank))
+
+
 def plan_peak_bytes(
     spec: ModelSpec, old: Sharding | None, new: Sharding, *, mode: Mode, dtype: str, rank: int
 ) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -62,8 +62,16 @@ class HostWeightStore:
     Mappings live as long as a tensor that views them.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], source: StoreSource, fd: int | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        mappings: Sequence[mmap.mmap],
+        source: StoreSource,
+        fd: int | None = None,
+    ) -> None:
+        """`tensors` view `mappings`."""
         self._tensors = dict(tensors)
+        self._mappings = tuple(_flat(memory, "uint8", len(memory), 0) for memory in mappings)
         self._source = source
         self._fd = fd
 
@@ -79,7 +87,7 @@ class HostWeightStore:
             name: _view(files[stored.file], stored.dtype, stored.offset, stored.shape)
             for name, stored in located.items()
         }
-        return cls(tensors, StoreSource(str(path), spec))
+        return cls(tensors, list(files.values()), StoreSource(str(path), spec))
 
     @classmethod
     def dummy(cls, spec: ModelSpec, dtype: DType, seed: int) -> HostWeightStore:
@@ -95,14 +103,27 @@ class HostWeightStore:
         for number, parameter in enumerate(parameters(spec)):
             fill(number, parameter, _view(memory, dtype, layout[parameter.name], parameter.shape).view(-1))
         source = StoreSource(f"/proc/{os.getpid()}/fd/{fd}", spec, dtype)
-        return cls(_dummy_views(fd, spec, dtype), source, fd)
+        return cls._of_dummy(fd, spec, dtype, source)
 
     @classmethod
     def attach_dummy(cls, fd: int, spec: ModelSpec, dtype: DType) -> HostWeightStore:
         """Map the dummy weights that another process made, from its descriptor; `fd` stays the caller's."""
         own = os.dup(fd)
         source = StoreSource(f"/proc/{os.getpid()}/fd/{own}", spec, dtype)
-        return cls(_dummy_views(own, spec, dtype), source, own)
+        return cls._of_dummy(own, spec, dtype, source)
+
+    @classmethod
+    def _of_dummy(cls, fd: int, spec: ModelSpec, dtype: DType, source: StoreSource) -> HostWeightStore:
+        layout, size = _dummy_layout(spec, dtype)
+        held = os.fstat(fd).st_size
+        if held != size:
+            raise ModelError(f"dummy weights: the memory has {held} bytes, the model needs {size} in {dtype}")
+        memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
+        tensors = {
+            parameter.name: _view(memory, dtype, layout[parameter.name], parameter.shape)
+            for parameter in parameters(spec)
+        }
+        return cls(tensors, [memory], source, fd)
 
     @property
     def fd(self) -> int:
@@ -119,9 +140,16 @@ class HostWeightStore:
         """The parameter `name` in its own type, shape as in `parameters(spec)`. Must not be written to."""
         return self._tensors[name]
 
+    @property
+    def mappings(self) -> tuple[Tensor, ...]:
+        """The memory of all tensors, as mapped in this process: bytes of each file that holds any, or of the dummy
+        weights. Read-only; the last page may be mapped further."""
+        return self._mappings
+
     def close(self) -> None:
         """Let go of tensors and descriptor. Tensors handed out stay valid. May be called twice."""
         self._tensors.clear()
+        self._mappings = ()
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -142,11 +170,14 @@ def _map_file(file: Path) -> mmap.mmap:
 
 
 def _view(memory: mmap.mmap, dtype: DType, offset: int, shape: tuple[int, ...]) -> Tensor:
+    return _flat(memory, dtype, prod(shape), offset).view(shape)
+
+
+def _flat(memory: mmap.mmap, dtype: str, count: int, offset: int) -> Tensor:
     with warnings.catch_warnings():
         # The memory is read-only on purpose; nothing writes to tensors of the store.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        flat = torch.frombuffer(memory, dtype=TORCH_DTYPES[dtype], count=prod(shape), offset=offset)
-    return flat.view(shape)
+        return torch.frombuffer(memory, dtype=getattr(torch, dtype), count=count, offset=offset)
 
 
 def _dummy_layout(spec: ModelSpec, dtype: DType) -> tuple[dict[str, int], int]:
@@ -157,18 +188,6 @@ def _dummy_layout(spec: ModelSpec, dtype: DType) -> tuple[dict[str, int], int]:
         offsets[parameter.name] = end
         end += -(-parameter.size * DTYPE_BYTES[dtype] // _ALIGNMENT) * _ALIGNMENT
     return offsets, end
-
-
-def _dummy_views(fd: int, spec: ModelSpec, dtype: DType) -> dict[str, Tensor]:
-    layout, size = _dummy_layout(spec, dtype)
-    held = os.fstat(fd).st_size
-    if held != size:
-        raise ModelError(f"dummy weights: the memory has {held} bytes, the model needs {size} in {dtype}")
-    memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
-    return {
-        parameter.name: _view(memory, dtype, layout[parameter.name], parameter.shape)
-        for parameter in parameters(spec)
-    }
 
 
 def _pattern_filler(spec: ModelSpec, dtype: DType, seed: int) -> Callable[[int, Parameter, Tensor], None]:
