@@ -10,7 +10,6 @@ import pytest
 from torch import Tensor
 
 from seesaw.execution import graphs as graphs_module
-
 from tests import triton_interpreter  # before any module of kernels
 from tests.device.ranks import captured
 from tests.device.test_graphs import noted
