@@ -207,10 +207,12 @@ class DecodeGraphs:
         return Step(self._static.hidden[:count], self._graphs[size])
 
     def finish(self) -> None:
-        """No more steps: graphs go when the last replay is over, unless they stay. The host does not wait for it."""
+        """Wait until no replay is under way, so that graphs may go, unless they stay.
+
+        That takes as long as the steps that the host is ahead: next to nothing of the change of weights that follows.
+        """
         if self._graphs and not self._rank.keep:
-            graphs, self._graphs = self._graphs, {}
-            self._rank.device.compute.notify(graphs.clear)
+            self._rank.device.compute.record().wait()
 
     def _make(self, size: int) -> bool:
         """Capture what a step of `size` needs; whether the whole group could."""

@@ -166,7 +166,7 @@ class Rank:
         if self._registration is None:
             from seesaw.kv.registered import HostRegistration
 
-            self._registration = HostRegistration(self._host.memory, "host memory of the profile")
+            self._registration = HostRegistration(self._host.memory)
         return self._registration.copy_slabs
 
     def _evicting(self, dtype: str) -> Callable[[], object]:
