@@ -8,6 +8,7 @@ import typer
 
 from seesaw import __version__
 from seesaw.cli.bench import bench
+from seesaw.cli.evaluate import evaluate
 from seesaw.cli.plan import plan
 from seesaw.cli.plan_options import JsonCommand
 from seesaw.cli.profile import profile
@@ -29,6 +30,11 @@ app.command("bench")(bench)
 app.command("profile")(profile)
 app.command("plan", cls=JsonCommand)(plan)
 app.command("simulate", cls=JsonCommand)(simulate)
+app.command(
+    "eval",
+    add_help_option=False,  # the harness has its own
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)(evaluate)
 
 
 def _print_version(wanted: bool) -> None:
