@@ -41,7 +41,9 @@ class Generation:
         left = dict(normalize_gen_kwargs(dict(arguments), max_tokens))
         eos = tokenizer.decode(tokenizer.eos_token_id, skip_special_tokens=False)
         until = [text for text in handle_stop_sequences(left.pop("until"), eos=eos) if text]
-        special = [tokenizer.convert_tokens_to_ids(text) for text in until if text in tokenizer.all_special_tokens]
+        special = [
+            tokenizer.convert_tokens_to_ids(text) for text in until if text in tokenizer.all_special_tokens
+        ]
         most, sampled = int(left.pop("max_gen_toks")), left.pop("do_sample")
         temperature = float(left.pop("temperature", 1.0)) if sampled else 0.0
         left.pop("temperature", None)

@@ -67,7 +67,9 @@ class SeesawLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         """
         super().__init__()
         if enable_thinking and think_end_token is None:
-            raise ConfigError("enable_thinking: give think_end_token too, behind which answers are looked for")
+            raise ConfigError(
+                "enable_thinking: give think_end_token too, behind which answers are looked for"
+            )
         logger.info("batch_size=%s has no effect: the engine batches requests itself", batch_size)
         special = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
         folder = tokenizer or pretrained
@@ -76,7 +78,9 @@ class SeesawLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         if max_length is not None and max_length > self._llm.max_model_len:
             self._llm.close()
             longest = self._llm.max_model_len
-            raise ConfigError(f"max_length={max_length}: {pretrained} takes sequences of {longest} tokens at most")
+            raise ConfigError(
+                f"max_length={max_length}: {pretrained} takes sequences of {longest} tokens at most"
+            )
         self._max_gen_toks, self._add_bos, self._prefix = max_gen_toks, add_bos_token, prefix_token_id
         self._max_length = self._llm.max_model_len
         self.enable_thinking = enable_thinking
@@ -133,7 +137,11 @@ class SeesawLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside results."""
         deployment = self._llm.deployment
-        return {"seesaw_version": __version__, "seesaw_plan": str(deployment.plan), "model_dtype": deployment.dtype}
+        return {
+            "seesaw_version": __version__,
+            "seesaw_plan": str(deployment.plan),
+            "model_dtype": deployment.dtype,
+        }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids. Unless told, special tokens are added as `add_bos_token` says, else as the tokeniser does by
@@ -144,7 +152,9 @@ class SeesawLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer.encode(string, **special))
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The conversation as text; without its system message if the template refuses that."""
 
         def render(messages: list[dict[str, str]]) -> str:
@@ -168,7 +178,9 @@ class SeesawLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each continuation behind its context, and whether it is what greedy choice would give."""
         if self.enable_thinking:
-            raise ConfigError("enable_thinking=True: tasks that score given answers do not let the model think")
+            raise ConfigError(
+                "enable_thinking=True: tasks that score given answers do not let the model think"
+            )
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return answers
 

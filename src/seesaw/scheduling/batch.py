@@ -209,7 +209,5 @@ class BatchBuilder:
         )
         everyone = self.sequences
         sampled = everyone if len(self._sampled) == len(everyone) else [everyone[i] for i in self._sampled]
-        flight = Flight(
-            self.replica, self.group, everyone, sampled, self._last, self._stops, self._scored
-        )
+        flight = Flight(self.replica, self.group, everyone, sampled, self._last, self._stops, self._scored)
         return forward, flight, self._copied
