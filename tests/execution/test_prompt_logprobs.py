@@ -1,4 +1,5 @@
-"""`PromptScorer` on ranks that share a vocabulary: every way to cut rows and tokens gives what the whole table says."""
+"""`PromptScorer` on ranks that share a vocabulary: every way to cut rows and tokens gives what the whole table
+says."""
 
 from __future__ import annotations
 

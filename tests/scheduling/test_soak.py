@@ -132,8 +132,8 @@ class Soak:
 
 
 def asking(request: Request, number: int, longest: int) -> Request:
-    """Every fourth request asks for its prompt's scores, of these every other one for nothing else: it may have a token
-    more than a sequence, and often has."""
+    """Every fourth request asks for its prompt's scores, of these every other one for nothing else: it may have
+    a token more than a sequence, and often has."""
     if number % 4:
         return request
     prompt, sampling = request.prompt_token_ids, request.sampling

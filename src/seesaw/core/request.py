@@ -51,8 +51,8 @@ class CompletionOutput(msgspec.Struct, kw_only=True, gc=False):
 class RequestOutput(msgspec.Struct, kw_only=True):
     """What became of a request: its completions, or the error that refused it (then `outputs` is empty).
 
-    `prompt_logprobs`, if asked for, has an entry for each token of the prompt: None where there is nothing to predict it
-    from (the first) or it was not wanted, else as in `CompletionOutput.logprobs`.
+    `prompt_logprobs`, if asked for, has an entry for each token of the prompt: None where there is nothing to
+    predict it from (the first) or it was not wanted, else as in `CompletionOutput.logprobs`.
     """
 
     request_id: str

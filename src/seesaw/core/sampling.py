@@ -19,10 +19,9 @@ class SamplingParams:
 
     A temperature of 0 is greedy. `seed` fixes the noise of a request; without it the noise is keyed by the
     engine's seed and the request's id, so that it does not depend on the plan or on the batch. `logprobs=k`
-    returns the log-probability of each chosen token and of the k most likely ones. `prompt_logprobs=k` does so for the
-    tokens of the prompt, from number `prompt_logprobs_start` on; with it `max_tokens` may be 0, which scores the prompt
-    and generates nothing.
-    Raises `RequestError` naming the field that cannot be used.
+    returns the log-probability of each chosen token and of the k most likely ones. `prompt_logprobs=k` does so
+    for the tokens of the prompt, from number `prompt_logprobs_start` on; with it `max_tokens` may be 0, which
+    scores the prompt and generates nothing. Raises `RequestError` naming the field that cannot be used.
     """
 
     n: int = 1

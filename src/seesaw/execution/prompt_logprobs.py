@@ -1,8 +1,8 @@
 """Log-probabilities of prompt tokens, on the last stage: each rank looks through its own part of the vocabulary.
 
-A prompt has thousands of tokens and a vocabulary 150,000, so logits are neither kept nor sent: `logit_rows` of them are
-made at a time, and of a row only what is asked for travels between ranks: a sum of exponentials, how many tokens are
-ahead, the most likely ones. Nothing here waits for the device.
+A prompt has thousands of tokens and a vocabulary 150,000, so logits are neither kept nor sent: `logit_rows` of
+them are made at a time, and of a row only what is asked for travels between ranks: a sum of exponentials, how
+many tokens are ahead, the most likely ones. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from seesaw.device.base import Device
 from seesaw.execution.collectives import TensorParallelGroup
 
 _CHUNK_ELEMENTS = 1 << 22
-"""Logits that are looked through at a time. The float32 copy of them, its exponentials and its comparisons are up to 12
-bytes for each: below `core.workspace.SAMPLING_BYTES`, which the sampler does not use meanwhile."""
+"""Logits that are looked through at a time. The float32 copy of them, its exponentials and its comparisons are
+up to 12 bytes for each: below `core.workspace.SAMPLING_BYTES`, which the sampler does not use meanwhile."""
 _OWN, _SUM, _AHEAD, _BEST = range(4)
-"""Rows of a table of one rank: the token's logit, the logarithm of the sum of exponentials, how many logits are larger,
-and from `_BEST` on the largest ones, then their tokens."""
+"""Rows of a table of one rank: the token's logit, the logarithm of the sum of exponentials, how many logits are
+larger, and from `_BEST` on the largest ones, then their tokens."""
 
 
 class PromptScorer:
@@ -42,12 +42,12 @@ class PromptScorer:
         self._step = logit_rows(vocab)
 
     def score(self, forward: Forward, hidden: Tensor) -> Tensor | None:
-        """`[2 + 2 * top, R]`, float64, for the R tokens of `forward.scores` in their order; None but on tensor-parallel
-        index 0.
+        """`[2 + 2 * top, R]`, float64, for the R tokens of `forward.scores` in their order; None but on
+        tensor-parallel index 0.
 
-        `hidden` is `[N, hidden]`, of all tokens of the Forward. Rows of the result are log-probabilities and ranks of the
-        tokens, then log-probabilities of the `top` most likely ones, falling, and their ids, where `top` is the largest
-        asked for; of equals the lower id comes first.
+        `hidden` is `[N, hidden]`, of all tokens of the Forward. Rows of the result are log-probabilities and
+        ranks of the tokens, then log-probabilities of the `top` most likely ones, falling, and their ids, where
+        `top` is the largest asked for; of equals the lower id comes first.
         """
         top = min(max(score.top for score in forward.scores), self._vocab)
         rows, tokens = self._device.upload(list(_places(forward)))

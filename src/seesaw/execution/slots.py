@@ -27,8 +27,8 @@ class Inputs:
     positions: Tensor
     attention: AttentionBatch
     sampled_rows: Tensor | None
-    """Packed index of the last token of each sampled item; None if every token is one, or prompts are scored: then all
-    rows leave the model."""
+    """Packed index of the last token of each sampled item; None if every token is one, or prompts are scored:
+    then all rows leave the model."""
     sampled_attention: AttentionBatch
     """`attention` with the queries of `sampled_rows` only."""
 

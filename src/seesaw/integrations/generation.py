@@ -51,7 +51,8 @@ class Generation:
         return cls(until, most, temperature, tuple(special), others)
 
     def sampling(self, *, thinks: bool) -> SamplingParams:
-        """For the engine. Stop strings may occur in what a model thinks before it answers, so they are left out then."""
+        """For the engine. Stop strings may occur in what a model thinks before it answers, so they are left out
+        then."""
         return SamplingParams(
             temperature=self.temperature,
             max_tokens=self.max_tokens,

@@ -3,9 +3,10 @@
     import lm_eval, seesaw.integrations.lm_eval
     lm_eval.simple_evaluate(model="seesaw", model_args="pretrained=PATH,plan=P2->T2", tasks=["hellaswag"])
 
-On the command line, `seesaw eval` is `lm_eval` with this module imported. Prompts, truncation, windows and texts are those
-of the harness's own model `hf`, so that results on one checkpoint are the same. What differs: all requests of a kind go to
-the engine at once, which batches them itself, and log-probabilities are made in float32 whatever the type of the weights.
+On the command line, `seesaw eval` is `lm_eval` with this module imported. Prompts, truncation, windows and
+texts are those of the harness's own model `hf`, so that results on one checkpoint are the same. What differs:
+all requests of a kind go to the engine at once, which batches them itself, and log-probabilities are made in
+float32 whatever the type of the weights.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class SeesawLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> SeesawLM:
-        """From `--model_args`, which go before what the harness gives to every model: sizes of batches and a device."""
+        """From `--model_args`, which go before what the harness gives to every model: sizes of batches and a
+        device."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         device = given.pop("device", None)
         chosen = {} if device is None or "device" in arg_dict else _device(device)
@@ -239,7 +241,8 @@ class SeesawLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             generation = Generation.read(arguments, self.tokenizer, self._max_gen_toks)
             if generation.max_tokens >= self.max_length:
                 raise ConfigError(
-                    f"max_gen_toks={generation.max_tokens}: leaves no room for a prompt within {self.max_length} tokens"
+                    f"max_gen_toks={generation.max_tokens}: leaves no room for a prompt; the model takes "
+                    f"{self.max_length} tokens in all"
                 )
             tokens = self.tok_encode(context)
             over.append(len(tokens) + generation.max_tokens - self.max_length)
@@ -300,8 +303,8 @@ class SeesawLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
 
 def _device(name: str) -> dict[str, str]:
-    """The harness's choice as an option of `LLM`. Its default is the first GPU, and means nothing where there is none; the
-    number goes, since the plan says how many devices there are."""
+    """The harness's choice as an option of `LLM`. Its default is the first GPU, and means nothing where there
+    is none; the number goes, since the plan says how many devices there are."""
     kind = device_kind(name.split(":")[0])
     if kind.numbered:
         try:
@@ -312,7 +315,8 @@ def _device(name: str) -> dict[str, str]:
 
 
 def _scoring(start: int) -> SamplingParams:
-    """Log-probabilities of a prompt's tokens from number `start` on, and the most likely ones; nothing is generated."""
+    """Log-probabilities of a prompt's tokens from number `start` on, and the most likely ones; nothing is
+    generated."""
     return SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=1, prompt_logprobs_start=start)
 
 
