@@ -31,10 +31,12 @@ output_type: {kind}
 metadata:
   version: 1
 """
+CHAT = "<s><user>{{text}}</s><assistant>"
+"""As the model's template has it: a text that begins with the token that else is put before it."""
 BODIES = {
     "whole_answer": (
         "multiple_choice",
-        'doc_to_text: "{{text}}"\ndoc_to_target: gold\ndoc_to_choice: choices\ntarget_delimiter: "\\n"\n'
+        f'doc_to_text: "{CHAT}"\ndoc_to_target: gold\ndoc_to_choice: choices\ntarget_delimiter: ""\n'
         "metric_list:\n  - metric: acc\n  - metric: acc_norm",
     ),
     "one_letter": (
@@ -49,7 +51,7 @@ BODIES = {
     ),
     "read_order": (
         "generate_until",
-        'doc_to_text: "{{text}}"\ndoc_to_target: answer\n'
+        f'doc_to_text: "{CHAT}"\ndoc_to_target: answer\n'
         "generation_kwargs:\n  until: ['\"city\"']\n  max_gen_toks: 120\n  do_sample: false\n"
         "metric_list:\n  - metric: exact_match",
     ),
@@ -105,6 +107,7 @@ def run(folder: Path, name: str, *arguments: str) -> tuple[dict[str, Any], dict[
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not all(map(find_spec, ("lm_eval", "accelerate"))), reason="needs lm_eval and accelerate")
 def test_results_equal_those_of_transformers(tmp_path: Path) -> None:
     write_tasks(tmp_path)
@@ -117,7 +120,8 @@ def test_results_equal_those_of_transformers(tmp_path: Path) -> None:
     assert ours["whole_answer"]["acc,none"] > 0.9 and ours["read_order"]["exact_match,none"] > 0.9
     for task in BODIES:
         for metric, value in hf[task].items():
-            close = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+            # perplexity is the exponential of a sum, which `hf` makes in float32
+            close = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
             assert ours[task][metric] == close, (task, metric)
         assert len(our_samples[task]) == len(hf_samples[task]) == ROWS
         for our, their in zip(our_samples[task], hf_samples[task], strict=True):
@@ -131,7 +135,7 @@ def check_sample(our: dict[str, Any], their: dict[str, Any], kind: str) -> None:
             assert float(one[0]) == pytest.approx(float(other[0]), abs=1e-4)
             assert str(one[1]) == str(other[1])  # whether greedy choice gives it
         elif kind == "loglikelihood_rolling":
-            assert float(one) == pytest.approx(float(other), rel=1e-6, abs=1e-3)
+            assert float(one) == pytest.approx(float(other), rel=1e-6)
         else:
             assert one == other
 

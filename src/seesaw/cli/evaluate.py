@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 import typer
 
-from seesaw.cli.failures import UNUSABLE, reported, say, set_up_logging
+from seesaw.cli.failures import FAILED, UNUSABLE, say, set_up_logging
+from seesaw.core.errors import ConfigError, SeesawError
 
 _MODEL = ("--model", "-M", "--config", "-C")
 """What already says which model is evaluated."""
@@ -25,8 +26,11 @@ def evaluate(context: typer.Context) -> None:
         raise typer.Exit(UNUSABLE)
     from seesaw.integrations.lm_eval import main
 
-    with reported(debug=False):
+    try:
         main(with_model(context.args))
+    except SeesawError as error:  # what the harness raises is shown as it shows it
+        say(f"error: {error}")
+        raise typer.Exit(UNUSABLE if isinstance(error, ConfigError) else FAILED) from None
 
 
 def with_model(arguments: list[str]) -> list[str]:

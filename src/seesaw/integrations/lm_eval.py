@@ -74,8 +74,8 @@ class SeesawLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         logger.info("batch_size=%s has no effect: the engine batches requests itself", batch_size)
         special = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
         folder = tokenizer or pretrained
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, **special)
         self._llm = LLM(pretrained, tokenizer=folder, max_model_len=max_length, **options)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, **special)
         if max_length is not None and max_length > self._llm.max_model_len:
             self._llm.close()
             longest = self._llm.max_model_len
@@ -85,7 +85,9 @@ class SeesawLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         self._max_gen_toks, self._add_bos, self._prefix = max_gen_toks, add_bos_token, prefix_token_id
         self._max_length = self._llm.max_model_len
         self.enable_thinking = enable_thinking
-        self._think_end = int(think_end_token) if str(think_end_token).isdigit() else think_end_token
+        self._think_end: str | int | None = think_end_token
+        if str(think_end_token).isdigit():
+            self._think_end = int(str(think_end_token))
         self._template_args = dict(chat_template_args or {})
         if enable_thinking is not None:
             self._template_args["enable_thinking"] = enable_thinking
