@@ -6,98 +6,39 @@ Everything here happens before any worker exists, so every refusal is one senten
 from __future__ import annotations
 
 import logging
-import os
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import msgspec
 
+from seesaw.budgets import budgets
 from seesaw.core.devices import device_kind
 from seesaw.core.errors import ConfigError, LayoutError, ModelError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout, Plan
-from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec
+from seesaw.core.model_spec import DType, ModelSpec
 from seesaw.core.node import Place, load_node, places_on_cores
-from seesaw.core.units import format_bytes, parse_bytes
-from seesaw.device.gpus import Gpu, require_cuda_build, visible_gpus
+from seesaw.device.gpus import Gpu, choose_kind, default_ranks, require_cuda_build, visible_gpus
 from seesaw.models.hf_config import load_spec
-from seesaw.planning.at_hand import nominal_turn_costs, profile_at_hand
+from seesaw.options import Options, check_options
+from seesaw.planning.at_hand import node_at_hand, nominal_turn_costs
 from seesaw.planning.device_costs import DeviceCosts, costs_of
 from seesaw.planning.memory import MemoryPlan, TransitionMode
 from seesaw.planning.setup import Limits, Setup, set_up
 from seesaw.planning.shapes import stored_as
-from seesaw.preflight.gate import Mode as PreflightMode
-from seesaw.preflight.system import available_memory
-from seesaw.recording.trace import check_trace
 from seesaw.scheduling.config import SchedulerConfig
 from seesaw.weights.sharding import Sharding, check_layout
 
 logger = logging.getLogger(__name__)
 
-LoadFormat = Literal["auto", "safetensors", "dummy"]
 _UNPROVEN = (
     "device 'cuda': what drives GPUs in this version was tested without one; run scripts/gpu_check first"
 )
 MAX_RUNNING = 256
 """Where nothing is said and nothing is searched for."""
-GPU_SHARE = 0.95
-"""Of a GPU's free memory that its ranks take, unless asked otherwise; the plan counts what CUDA takes of it. The rest
-is for what others do there, and for what drivers take beyond their documentation."""
-GPU_HOST_KV = 32 << 30
-"""Bytes of the host buffer for each rank on a GPU, at most, where a node has that much."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What a user may ask of an engine; None leaves the choice to Seesaw."""
-
-    model: str
-    """A directory with `config.json` and safetensors files."""
-    plan: str = "auto"
-    """Such as `P4->T4` or `T4`; `auto` plans by the first rows where the node has a profile, else by rule."""
-    ranks: int | None = None
-    device: str = "cpu"
-    """What a rank computes on: `cpu`, or `cuda` for NVIDIA GPUs."""
-    ranks_per_gpu: int = 1
-    """Ranks that share a GPU, for trying plans out: rank r computes on the (r // ranks_per_gpu)th visible one."""
-    device_memory: int | str | None = None
-    """Budget per rank, in bytes or as `"8GiB"`."""
-    host_kv: int | str | None = None
-    """Budget of the host KV buffer of the node."""
-    dtype: str = "auto"
-    load_format: str = "auto"
-    policy: str | None = None
-    max_model_len: int | None = None
-    seed: int = 0
-    chunk: int | None = None
-    """Most tokens of a batch that holds prefill; by default 2048 shared out over the pipeline stages of prefill."""
-    max_running: int | None = None
-    """Most sequences decoding at once on one replica; by default 256, or what plan `auto` finds best."""
-    block_size: int = 16
-    transition: str = "auto"
-    overlap: bool = True
-    threads_per_rank: int = 1
-    attention: str | None = None
-    transport: str = "auto"
-    """How tensors travel between ranks: `auto`, `nccl` (a GPU for each rank), `shm`, `tcp` (ranks with addresses of
-    their own) or `gloo`; the last three go through host memory."""
-    node: str | None = None
-    """A JSON file that places each rank in a network namespace, control groups and cores (`core.node`)."""
-    start_timeout: float = 120.0
-    on_rank_loss: str = "continue"
-    """When a rank dies or hangs: `continue` with those that are left, or `stop`."""
-    rank_timeout: float = 60.0
-    """Seconds without a sign of life after which a rank is taken for lost."""
-    preflight: str = "off"
-    """What is checked before ranks start: `off`, `limits` (memory), or `on` (that ranks can really talk, too)."""
-    profile: str | None = None
-    """A folder to which each rank writes where its time went, by phase and function (`rank0.json`, …)."""
-    trace: str | None = None
-    """A file for a Chrome trace of ranks and scheduler, which Perfetto opens; `.json` or `.json.gz`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +53,8 @@ class Deployment:
     host_kv: int
     places: tuple[Place, ...]
     """Where each rank runs."""
-    measured: HardwareSpec | str
-    """The node by its profile, or why there is none to go by."""
+    hardware: HardwareSpec | str
+    """The figures of the node, by its profile or the catalogue, or why there are none to go by."""
 
     @property
     def own_transport(self) -> Literal["nccl"] | None:
@@ -154,7 +95,8 @@ class Deployment:
 
 def resolve(options: Options) -> Deployment:
     """Choose what was left open and check everything. Raises a `ConfigError`."""
-    _check_choices(options)
+    options = replace(options, device=choose_kind(options.device))
+    check_options(options)
     gpus = find_gpus(options)
     spec = load_spec(options.model)
     dummy = options.load_format == "dummy"
@@ -164,20 +106,20 @@ def resolve(options: Options) -> Deployment:
     places = _places(options, plan)
     check_devices(places, gpus)
     dtype = _choose_dtype(options, spec)
-    device_memory, host_kv = _budgets(options, plan, places, gpus)
-    measured = profile_at_hand(plan.world, options.device, dtype)
+    device_memory, host_kv = budgets(options, plan, places, gpus)
+    hardware = node_at_hand(plan.world, options.device, dtype, [gpu.name for gpu in gpus])
     model = stored_as(spec, dtype, Path(options.model).resolve().name)
     setup = set_up(model, plan, dtype, limits_of(options, device_memory, host_kv))
     if options.max_model_len is None and setup.memory.max_model_len < spec.max_position:
         logger.info("max_model_len is %d, what the memory budgets leave room for", setup.memory.max_model_len)
     return Deployment(
         options=options,
-        setup=_with_costs(setup, measured),
+        setup=_with_costs(setup, hardware),
         dummy=dummy,
         device_memory=device_memory,
         host_kv=host_kv,
         places=places,
-        measured=measured,
+        hardware=hardware,
     )
 
 
@@ -201,15 +143,16 @@ def limits_of(options: Options, device_memory: int, host_kv: int) -> Limits:
 def device_costs(options: Options) -> DeviceCosts:
     """What devices take beside the model. Ranks that share one, or talk through the host, have no communicators."""
     own = device_kind(options.device).transport
-    talk = own is not None and options.ranks_per_gpu == 1 and options.transport in ("auto", own)
+    asked = options.transport.partition("-")[0]  # `nccl-no-p2p` has communicators as well
+    talk = own is not None and options.ranks_per_gpu == 1 and asked in ("auto", own)
     return costs_of(options.device, collectives=talk)
 
 
-def _with_costs(setup: Setup, measured: HardwareSpec | str) -> Setup:
+def _with_costs(setup: Setup, hardware: HardwareSpec | str) -> Setup:
     """With what turning back to prefill costs on this node, where that is known."""
-    if isinstance(measured, str) or not setup.plan.separate:
+    if isinstance(hardware, str) or not setup.plan.separate:
         return setup
-    costs = nominal_turn_costs(setup, measured)
+    costs = nominal_turn_costs(setup, hardware)
     return replace(setup, scheduler=replace(setup.scheduler, turn_costs=costs))
 
 
@@ -226,38 +169,6 @@ def transition_mode(options: Options) -> TransitionMode | None:
     return None if options.transition == "auto" else cast(TransitionMode, options.transition)
 
 
-def _check_choices(options: Options) -> None:
-    if options.profile is not None and not Path(options.profile).is_dir():
-        raise ConfigError(f"profile {options.profile!r}: no such folder; make it first")
-    if options.trace is not None:
-        check_trace(options.trace)
-    kind = device_kind(options.device)
-    if options.ranks_per_gpu != 1 and not kind.numbered:
-        raise ConfigError(f"ranks_per_gpu={options.ranks_per_gpu}: device {kind.name!r} has no GPUs to share")
-    choices = {
-        "dtype": ("auto", *DTYPE_BYTES),
-        "load_format": get_args(LoadFormat),
-        "transition": ("auto", *get_args(TransitionMode)),
-        "on_rank_loss": ("continue", "stop"),
-        "preflight": get_args(PreflightMode),
-    }
-    for name, allowed in choices.items():
-        if getattr(options, name) not in allowed:
-            raise ConfigError(f"{name} {getattr(options, name)!r}: choose one of {', '.join(allowed)}")
-    for name in (
-        "ranks",
-        "max_model_len",
-        "chunk",
-        "max_running",
-        "block_size",
-        "threads_per_rank",
-        "ranks_per_gpu",
-    ):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1")
-
-
 def _check_weights(model: str, spec: ModelSpec) -> None:
     """Open the checkpoint once, so that whatever is wrong with it is said before workers start."""
     from seesaw.weights.store import HostWeightStore
@@ -269,7 +180,9 @@ def _check_weights(model: str, spec: ModelSpec) -> None:
 
 def _choose_plan(options: Options, spec: ModelSpec, gpus: Sequence[Gpu]) -> Plan:
     if options.plan == "auto":
-        ranks = default_ranks(options, gpus)
+        ranks = options.ranks or default_ranks(
+            options.device, threads=options.threads_per_rank, ranks_per_gpu=options.ranks_per_gpu, gpus=gpus
+        )
         plan = _default_plan(ranks, spec, options.policy)
     else:
         plan = Plan.parse(options.plan)
@@ -286,13 +199,6 @@ def find_gpus(options: Options) -> Sequence[Gpu]:
     require_cuda_build()
     logger.warning(_UNPROVEN)
     return visible_gpus()
-
-
-def default_ranks(options: Options, gpus: Sequence[Gpu]) -> int:
-    """As many as are asked for, or as the GPUs take; on the host, up to eight of its cores."""
-    if options.ranks is not None:
-        return options.ranks
-    return len(gpus) * options.ranks_per_gpu if gpus else min(8, len(os.sched_getaffinity(0)))
 
 
 def check_devices(places: Sequence[Place], gpus: Sequence[Gpu]) -> None:
@@ -361,42 +267,3 @@ def _choose_dtype(options: Options, spec: ModelSpec) -> DType:
         )
         return "bfloat16"
     return spec.dtype
-
-
-def _budgets(options: Options, plan: Plan, places: Sequence[Place], gpus: Sequence[Gpu]) -> tuple[int, int]:
-    """Bytes per rank and of the host buffer. Left open, they are shares of the memory that is free now."""
-    free = available_memory()
-    if gpus:
-        return gpu_budget(options, places, gpus), _gpu_host_kv(options, plan, free)
-    default_host = min(free // 4, 32 << 30) if plan.separate else min(free // 10, 4 << 30)
-    host_kv = default_host if options.host_kv is None else parse_bytes(options.host_kv)
-    if options.device_memory is not None:
-        return parse_bytes(options.device_memory), host_kv
-    return max(int(free * 0.7 - host_kv) // plan.world, 1), host_kv
-
-
-def gpu_budget(options: Options, places: Sequence[Place], gpus: Sequence[Gpu]) -> int:
-    """Bytes of each rank: its share of the GPU that has least free for each of its ranks.
-
-    Raises `ConfigError` if what was asked for is not free.
-    """
-    sharing = Counter(place.device for place in places if place.device is not None)
-    tightest = min(sharing, key=lambda number: gpus[number].free // sharing[number])
-    gpu, ranks = gpus[tightest], sharing[tightest]
-    if options.device_memory is None:
-        return max(int(gpu.free * GPU_SHARE) // ranks, 1)
-    asked = parse_bytes(options.device_memory)
-    if asked * ranks > gpu.free:
-        each = "" if ranks == 1 else f" for each of its {ranks} ranks"
-        raise ConfigError(
-            f"device_memory {format_bytes(asked)}{each}: of {format_bytes(gpu.total)} on GPU {tightest} "
-            f"({gpu.name}), {format_bytes(gpu.free)} are free; ask for at most {format_bytes(gpu.free // ranks)}"
-        )
-    return asked
-
-
-def _gpu_host_kv(options: Options, plan: Plan, free: int) -> int:
-    """Bytes of the host buffer beside ranks on GPUs, which have no part in the host's memory otherwise."""
-    if options.host_kv is not None:
-        return parse_bytes(options.host_kv)
-    return min(free // 2, GPU_HOST_KV * plan.world) if plan.separate else min(free // 10, 4 << 30)

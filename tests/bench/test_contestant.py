@@ -45,6 +45,13 @@ def test_plans_with_options(text: str, options: dict[str, object]) -> None:
     assert contestant.kind == "seesaw"
 
 
+def test_the_planner_may_choose() -> None:
+    asked, own = parse_contestants("auto@ranks=4,policy=seesaw auto")
+    assert asked.planned and asked.plan is None and asked.world == 4 and group(asked) == "auto"
+    assert asked.options == {"plan": "auto", "ranks": 4, "policy": "seesaw"}
+    assert own.world >= 1 and not parse_contestants("T2")[0].planned
+
+
 def test_vllm_stands_for_its_layouts(python: Path) -> None:
     found = parse_contestants("T2 vllm@dtype=float32 vllm:TP4", python)
     assert [one.name for one in found] == [
@@ -98,7 +105,7 @@ def test_what_the_bench_sets_unless_the_contestant_does(tmp_path: Path, python: 
     assert "node" not in ready.options
     own = parse_contestant("T2@device_memory=40MiB,dtype=float32,max_model_len=200")
     ready = prepared(own, spec, workload, dtype="bfloat16", device_memory="1GiB", host_kv="3MiB", node="n")
-    assert {**own.options, "host_kv": "3MiB", "node": "n"} == ready.options
+    assert {**own.options, "host_kv": "3MiB", "node": "n", "device": "cpu"} == ready.options
     peer = prepared(parse_contestant("vllm:TP2", python), spec, workload, dtype="bfloat16", node="n")
     assert 6 * 128 * spec.kv_bytes_per_token("bfloat16") / 2 < peer.options["kv_memory"] < 1 << 27
     assert {**peer.options, "kv_memory": 0} == {

@@ -13,7 +13,8 @@ from seesaw.auto import FIRST_ROWS, Auto, auto_for
 from seesaw.core.actions import DECODE
 from seesaw.core.errors import ConfigError, LayoutError, ModelError
 from seesaw.core.hardware import HardwareSpec
-from seesaw.deployment import Deployment, Options, resolve
+from seesaw.deployment import Deployment, resolve
+from seesaw.options import Options
 from seesaw.rows import Counted, Rows
 from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
@@ -135,7 +136,7 @@ def test_a_profile_of_another_machine_or_none_or_a_broken_one(
     model: Path, measured: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def why() -> object:
-        return resolve(Options(model=str(model), **(SMALL | {"ranks": 2}))).measured
+        return resolve(Options(model=str(model), **(SMALL | {"ranks": 2}))).hardware
 
     assert "there is no profile at" in str(why())
     path = measured()

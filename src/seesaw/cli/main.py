@@ -8,6 +8,7 @@ import typer
 
 from seesaw import __version__
 from seesaw.cli.bench import bench
+from seesaw.cli.devices import devices
 from seesaw.cli.evaluate import evaluate
 from seesaw.cli.plan import plan
 from seesaw.cli.plan_options import JsonCommand
@@ -26,8 +27,6 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("report")(report)
-app.command("bench")(bench)
-app.command("profile")(profile)
 app.command("plan", cls=JsonCommand)(plan)
 app.command("simulate", cls=JsonCommand)(simulate)
 app.command(
@@ -35,6 +34,9 @@ app.command(
     add_help_option=False,  # the harness has its own
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )(evaluate)
+app.command("devices")(devices)
+app.command("profile")(profile)
+app.command("bench")(bench)
 
 
 def _print_version(wanted: bool) -> None:
@@ -46,7 +48,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True, metavar=""
+        ),
     ] = False,
 ) -> None:
     """Offline, batch LLM inference that re-shards the model between prefill and decode."""

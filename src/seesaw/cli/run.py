@@ -17,7 +17,7 @@ from seesaw.core.units import parse_bytes
 if TYPE_CHECKING:
     from seesaw.jobs.base import JobEngine, JobOptions, JobSummary
     from seesaw.jobs.resume import OpenJob
-    from seesaw.preflight.gate import Mode
+    from seesaw.options import PreflightMode
 
 _OF_THE_ENGINE = (
     *(
@@ -55,7 +55,7 @@ def run(
     served_model_name: opt.ServedModelName = None,
     plan: opt.PlanText = "auto",
     ranks: opt.Ranks = None,
-    device: opt.Device = "cpu",
+    device: opt.Device = "auto",
     ranks_per_gpu: opt.RanksPerGpu = 1,
     policy: opt.Policy = None,
     transition: opt.Transition = "auto",
@@ -87,7 +87,10 @@ def run(
 
     set_up_logging(debug=debug)
     with reported(debug=debug):
+        from seesaw.device.gpus import choose_kind
+
         engine_options = {name: given[name] for name in _OF_THE_ENGINE} | {
+            "device": choose_kind(device),
             "device_memory": _size("--device-memory", device_memory),
             "host_kv": _size("--host-kv", host_kv),
             "overlap": not sync_loop,
@@ -177,9 +180,9 @@ def _run(
     return summary.exit_code
 
 
-def _check_before(job: OpenJob, options: dict[str, Any]) -> Mode:
+def _check_before(job: OpenJob, options: dict[str, Any]) -> PreflightMode:
     """Check the folders of the job's files; returns what the engine is to check. Raises a `ConfigError`."""
-    from seesaw.device.gpus import count_ranks
+    from seesaw.device.gpus import default_ranks
     from seesaw.preflight.gate import check_job_files, choose_mode
 
     if options["preflight"] == "off":
@@ -187,7 +190,9 @@ def _check_before(job: OpenJob, options: dict[str, Any]) -> Mode:
     if options["plan"] != "auto":
         ranks = Plan.parse(options["plan"]).world
     else:
-        ranks = options["ranks"] or count_ranks(options["device"], options["ranks_per_gpu"])
+        ranks = options["ranks"] or default_ranks(
+            options["device"], threads=options["threads_per_rank"], ranks_per_gpu=options["ranks_per_gpu"]
+        )
     asked, part = job.options, job.files.answers_part
     if not asked.streamed:
         written = part.stat().st_size if part.is_file() else 0

@@ -71,7 +71,10 @@ Limit = Annotated[
 Ordered = Annotated[
     bool,
     typer.Option(
-        "--ordered", help="Put the finished files into the order of the input.", rich_help_panel=_FILES
+        "--ordered",
+        help="Put the finished files into the order of the input.",
+        rich_help_panel=_FILES,
+        metavar="",
     ),
 ]
 RetryErrors = Annotated[
@@ -80,6 +83,7 @@ RetryErrors = Annotated[
         "--retry-errors",
         help="Run rows again that failed before; answered ones stay as they are.",
         rich_help_panel=_FILES,
+        metavar="",
     ),
 ]
 Force = Annotated[
@@ -89,6 +93,7 @@ Force = Annotated[
         help="Go on with a job although its model, input or settings changed; start again what is complete, damaged, "
         "or not ours.",
         rich_help_panel=_FILES,
+        metavar="",
     ),
 ]
 Model = Annotated[
@@ -119,7 +124,7 @@ PlanText = Annotated[
     str,
     typer.Option(
         help="Layouts of prefill and decode, such as 'P4->T4', or one layout for both, such as T4; auto plans by "
-        "the first rows, given a profile of this node (seesaw profile).",
+        "the first rows, given a profile of this node (seesaw profile) or GPUs of the catalogue.",
         metavar="PLAN",
         rich_help_panel=_ENGINE,
     ),
@@ -130,7 +135,9 @@ Ranks = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="What ranks compute on: cpu, or cuda (NVIDIA GPUs).", metavar="KIND", rich_help_panel=_ENGINE
+        help="What ranks compute on: cuda (NVIDIA GPUs), or cpu; auto is cuda where there are GPUs.",
+        metavar="KIND",
+        rich_help_panel=_ENGINE,
     ),
 ]
 RanksPerGpu = Annotated[
@@ -180,7 +187,9 @@ ThreadsPerRank = Annotated[
 ]
 SyncLoop = Annotated[
     bool,
-    typer.Option("--sync-loop", help="Wait for each step before the next.", rich_help_panel=_ENGINE),
+    typer.Option(
+        "--sync-loop", help="Wait for each step before the next.", rich_help_panel=_ENGINE, metavar=""
+    ),
 ]
 Preflight = Annotated[
     Literal["auto", "on", "off"],
@@ -243,4 +252,6 @@ MetricsHost = Annotated[
         rich_help_panel=_WATCHING,
     ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="All log messages, and tracebacks of errors.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="All log messages, and tracebacks of errors.", metavar="")
+]
