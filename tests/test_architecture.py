@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "profiling": None,
     "bench": None,
     "cli": None,
+    "integrations": None,
 }
 """Folders each folder may import from; None is everything."""
 

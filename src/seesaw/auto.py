@@ -141,9 +141,9 @@ class Auto:
     def finished(self, sequence: Running) -> None:
         """Note a sequence that ended."""
         if self._assumed is not None:
-            self._observed.append(sequence.generated)
+            self._observed.append(max(1, sequence.generated))  # 0 where a prompt is only scored
             self._assumed.finished += 1
-            self._assumed.generated += sequence.generated
+            self._assumed.generated += max(1, sequence.generated)
 
     def wants_another(self, scheduler: Scheduler) -> bool:
         """Whether lengths are far from assumed and the scheduler is about to turn back to prefill."""

@@ -38,6 +38,7 @@ class _Job:
     request: Request
     left: int
     outputs: list[CompletionOutput] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, TokenLogprob] | None] | None = None
 
 
 class Engine:
@@ -242,6 +243,8 @@ class Engine:
         self._meter.finished(sequence.prompt_tokens, sequence.generated)
         job = self._jobs.pop(sequence.id)
         job.outputs.append(self._output(sequence))
+        if job.request.sampling.prompt_logprobs is not None and sequence.index == 0:
+            job.prompt_logprobs = self._prompt_logprobs(sequence)
         job.left -= 1
         if job.left == 0:
             job.outputs.sort(key=lambda output: output.index)
@@ -252,6 +255,7 @@ class Engine:
                     prompt=job.request.prompt,
                     prompt_token_ids=job.request.prompt_token_ids,
                     outputs=job.outputs,
+                    prompt_logprobs=job.prompt_logprobs,
                 )
             )
 
@@ -283,11 +287,20 @@ class Engine:
         positions = []
         for token, choice in zip(tokens, chosen, strict=True):
             assert choice is not None
-            entries = {token: TokenLogprob(choice.logprob, choice.rank, self._token_text(token))}
-            for rank, (other, logprob) in enumerate(choice.top, 1):
-                entries.setdefault(other, TokenLogprob(logprob, rank, self._token_text(other)))
-            positions.append(entries)
+            positions.append(self._entries(token, choice))
         return positions
+
+    def _prompt_logprobs(self, sequence: Sequence) -> list[dict[int, TokenLogprob] | None]:
+        """By position of the prompt, whose tokens from `first_score` on were asked for."""
+        first, prompt = sequence.first_score, sequence.request.prompt_token_ids
+        scored = zip(prompt[first:], sequence.prompt_logprobs, strict=True)
+        return [None] * first + [self._entries(token, choice) for token, choice in scored]
+
+    def _entries(self, token: int, choice: ChosenToken) -> dict[int, TokenLogprob]:
+        entries = {token: TokenLogprob(choice.logprob, choice.rank, self._token_text(token))}
+        for rank, (other, logprob) in enumerate(choice.top, 1):
+            entries.setdefault(other, TokenLogprob(logprob, rank, self._token_text(other)))
+        return entries
 
     def _token_text(self, token: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.decode([token], skip_special_tokens=False)

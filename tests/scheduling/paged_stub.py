@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from seesaw.core.actions import (
     FEEDBACK,
     Action,
+    ChosenToken,
     Completion,
     CopiesDone,
     Forward,
@@ -33,6 +34,11 @@ def next_token(prefix: list[int]) -> int:
     for token in prefix:
         state = (state * 1_000_003 + token + 1) % 2_147_483_647
     return state % VOCAB
+
+
+def score(prefix: list[int], token: int) -> ChosenToken:
+    """What the toy model says of a prompt's token behind `prefix`."""
+    return ChosenToken(-float(next_token(prefix)), token + 1, [])
 
 
 def expected(prompt: list[int], limit: int, stops: frozenset[int]) -> list[int]:
@@ -150,8 +156,16 @@ class PagedStub:
                 prefix = self._read(device, slot, forward.starts[i] + forward.counts[i])
                 slot.last, slot.sampled_by = next_token(prefix), forward.id
                 results.append(slot.last)
+        scores = [
+            score(
+                self._read(device, slots[forward.slots[s.item]], forward.starts[s.item] + s.first + j + 1),
+                token,
+            )
+            for s in forward.scores
+            for j, token in enumerate(s.tokens)
+        ]
         self._ran[key] += 1
-        self._done[key].append(ForwardDone(forward.id, results, []))
+        self._done[key].append(ForwardDone(forward.id, results, [], prompt_logprobs=scores))
         if forward.write_through:
             epoch, replica = key
             self._copies.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -15,7 +15,7 @@ from seesaw.scheduling.integrity import check_integrity
 from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler
 from seesaw.scheduling.sequence import Sequence
-from tests.scheduling.paged_stub import VOCAB, PagedStub, expected
+from tests.scheduling.paged_stub import VOCAB, PagedStub, expected, score
 
 STATIC = ("T1", "T2", "P2", "P4", "D2", "D2P2", "P2T2")
 TWO_PHASE = ("T1->T1", "P2->P2", "P2->T2", "T2->P2", "P4->T4", "P4->D2T2", "D2P2->T4", "D4->P2T2", "T4->D4")
@@ -104,6 +104,7 @@ class Soak:
             )
             stops = frozenset(self.rng.sample(range(VOCAB), self.rng.choice((0, 0, 4))))
             request = Request(id=f"r{self.left}", prompt_token_ids=prompt, sampling=sampling)
+            request = asking(request, self.left, self.config.max_model_len)
             self.sequences += self.scheduler.add(request, stops)
         self.scheduler.more_expected = self.left > 0
 
@@ -121,7 +122,28 @@ class Soak:
         assert sequence.id not in self.ended, "a sequence ended twice"
         self.ended.add(sequence.id)
         prompt = list(sequence.request.prompt_token_ids)
-        assert sequence.output_token_ids == expected(prompt, sequence.limit, sequence.stop_ids)
+        if sequence.request.sampling.scores_only:
+            assert sequence.output_token_ids == [] and sequence.finish_reason == "length"
+        else:
+            assert sequence.output_token_ids == expected(prompt, sequence.limit, sequence.stop_ids)
+        first = sequence.first_score
+        assert sequence.prompt_logprobs == [score(prompt[:i], prompt[i]) for i in range(first, len(prompt))]
+        assert (first < len(prompt)) <= (sequence.index == 0)
+
+
+def asking(request: Request, number: int, longest: int) -> Request:
+    """Every fourth request asks for its prompt's scores, of these every other one for nothing else: it may have
+    a token more than a sequence, and often has."""
+    if number % 4:
+        return request
+    prompt, sampling = request.prompt_token_ids, request.sampling
+    if number % 8:
+        start = number % 7
+        sampling = replace(sampling, prompt_logprobs=0, prompt_logprobs_start=start)
+    else:
+        prompt += tuple(range(longest + 1 - len(prompt) if number % 3 else 1))
+        sampling = replace(sampling, prompt_logprobs=2, max_tokens=0, n=1)
+    return Request(id=request.id, prompt_token_ids=prompt, sampling=sampling)
 
 
 @pytest.mark.parametrize("part", range(8))

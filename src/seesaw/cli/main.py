@@ -9,6 +9,7 @@ import typer
 from seesaw import __version__
 from seesaw.cli.bench import bench
 from seesaw.cli.devices import devices
+from seesaw.cli.evaluate import evaluate
 from seesaw.cli.plan import plan
 from seesaw.cli.plan_options import JsonCommand
 from seesaw.cli.profile import profile
@@ -28,6 +29,11 @@ app.command("run")(run)
 app.command("report")(report)
 app.command("plan", cls=JsonCommand)(plan)
 app.command("simulate", cls=JsonCommand)(simulate)
+app.command(
+    "eval",
+    add_help_option=False,  # the harness has its own
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)(evaluate)
 app.command("devices")(devices)
 app.command("profile")(profile)
 app.command("bench")(bench)

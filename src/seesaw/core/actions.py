@@ -54,6 +54,20 @@ class SlotInit(msgspec.Struct, array_like=True, frozen=True):
     sampling: SamplingState | None
 
 
+class PromptScore(msgspec.Struct, array_like=True, frozen=True):
+    """Prompt tokens of an item of a `Forward` whose log-probabilities are wanted, each under what is before it.
+
+    `tokens[j]` is the prompt's token behind number `first + j` of those the item feeds; the last one may be the first
+    that a later `Forward` feeds, or one that none does.
+    """
+
+    item: int
+    first: int
+    tokens: list[int]
+    top: int
+    """Number of most likely tokens to report beside each of them."""
+
+
 class Forward(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Run one micro-batch through a replica. Items are parallel lists, one entry per sequence.
 
@@ -80,11 +94,12 @@ class Forward(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Whether the sampled tokens are handed to the first stage for a following `Forward`."""
     feedback_from: int
     """Id of the latest `Forward` whose sampled tokens stand as FEEDBACK in `tokens`; -1 for none."""
+    scores: list[PromptScore] = []
 
     @property
     def decodes(self) -> bool:
-        """Whether this is a decode step: one token of each sequence, and nothing written through."""
-        return len(self.tokens) == len(self.counts) and not self.write_through
+        """Whether this is a decode step: one token of each sequence, and nothing written through or scored."""
+        return len(self.tokens) == len(self.counts) and not self.write_through and not self.scores
 
 
 class SwapOut(msgspec.Struct, array_like=True, frozen=True, tag=True):
@@ -116,7 +131,8 @@ Action = Forward | SwapOut | SwapIn | Transition
 
 
 class ChosenToken(msgspec.Struct, array_like=True, frozen=True):
-    """Log-probabilities of one sampled token: its own, its rank, and the most likely tokens (id, logprob)."""
+    """Log-probabilities of one token, sampled or of a prompt: its own, its rank, and the most likely tokens
+    (id, logprob)."""
 
     logprob: float
     rank: int
@@ -132,6 +148,8 @@ class ForwardDone(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Empty when no item asked for log-probabilities."""
     host_seconds: float = 0.0
     """Of the time the sampling rank had the action in hand, what went to anything but the model."""
+    prompt_logprobs: list[ChosenToken] = []
+    """Of the tokens of the Forward's `scores`, one after another."""
 
 
 class CopiesDone(msgspec.Struct, array_like=True, frozen=True, tag=True):

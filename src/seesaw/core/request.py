@@ -49,13 +49,18 @@ class CompletionOutput(msgspec.Struct, kw_only=True, gc=False):
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
-    """What became of a request: its completions, or the error that refused it (then `outputs` is empty)."""
+    """What became of a request: its completions, or the error that refused it (then `outputs` is empty).
+
+    `prompt_logprobs`, if asked for, has an entry for each token of the prompt: None where there is nothing to
+    predict it from (the first) or it was not wanted, else as in `CompletionOutput.logprobs`.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: list[CompletionOutput] = []
     error: RequestError | None = None
+    prompt_logprobs: list[dict[int, TokenLogprob] | None] | None = None
 
     @property
     def finished(self) -> bool:

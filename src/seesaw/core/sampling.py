@@ -19,8 +19,9 @@ class SamplingParams:
 
     A temperature of 0 is greedy. `seed` fixes the noise of a request; without it the noise is keyed by the
     engine's seed and the request's id, so that it does not depend on the plan or on the batch. `logprobs=k`
-    returns the log-probability of each chosen token and of the k most likely ones.
-    Raises `RequestError` naming the field that cannot be used.
+    returns the log-probability of each chosen token and of the k most likely ones. `prompt_logprobs=k` does so
+    for the tokens of the prompt, from number `prompt_logprobs_start` on; with it `max_tokens` may be 0, which
+    scores the prompt and generates nothing. Raises `RequestError` naming the field that cannot be used.
     """
 
     n: int = 1
@@ -41,6 +42,8 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -52,22 +55,29 @@ class SamplingParams:
         _require(all(s for s in self.stop), "stop", self.stop, "stop strings must not be empty")
 
     def _check_counts(self) -> None:
-        for name in ("n", "max_tokens"):
+        self._check_scoring()
+        for name in ("n",) if self.max_tokens == 0 else ("n", "max_tokens"):
             value = getattr(self, name)
             _require(
                 isinstance(value, int) and value >= 1, name, value, "must be a whole number of at least 1"
             )
-        for name, low in (("min_tokens", 0), ("top_k", -1)):
+        for name, low in (("min_tokens", 0), ("top_k", -1), ("prompt_logprobs_start", 0)):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= low, name, value, f"must be a whole number ≥ {low}")
         _require(
             self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "must not exceed max_tokens"
         )
-        if self.logprobs is not None:
-            ok = isinstance(self.logprobs, int) and 0 <= self.logprobs <= 20
-            _require(ok, "logprobs", self.logprobs, "must be between 0 and 20")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            ok = value is None or (isinstance(value, int) and 0 <= value <= 20)
+            _require(ok, name, value, "must be between 0 and 20")
         if self.seed is not None:
             _require(isinstance(self.seed, int), "seed", self.seed, "must be a whole number")
+
+    def _check_scoring(self) -> None:
+        if self.scores_only:
+            wanted = "must be at least 1, unless prompt_logprobs are asked for and nothing else"
+            _require(self.prompt_logprobs is not None and self.n == 1, "max_tokens", self.max_tokens, wanted)
 
     def _check_numbers(self) -> None:
         limits = (
@@ -88,6 +98,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
+
+    @property
+    def scores_only(self) -> bool:
+        """Whether nothing is generated."""
+        return self.max_tokens == 0
 
     @property
     def penalises(self) -> bool:

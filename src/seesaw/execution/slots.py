@@ -28,7 +28,8 @@ class Inputs:
     positions: Tensor
     attention: AttentionBatch
     sampled_rows: Tensor | None
-    """Packed index of the last token of each sampled item; None if every token is one."""
+    """Packed index of the last token of each sampled item; None if every token is one, or prompts are scored:
+    then all rows leave the model."""
     sampled_attention: AttentionBatch
     """`attention` with the queries of `sampled_rows` only."""
 
@@ -84,7 +85,7 @@ class SlotTables:
         if forward.feedback_from >= 0:
             arrays.append(slots[rows])
         asking = None
-        if len(forward.sampled) < total:
+        if len(forward.sampled) < total and not forward.scores:
             items = np.asarray(forward.sampled, dtype=np.int64)
             asking = np.ones_like(items), (starts + counts - 1)[items]
             arrays += [

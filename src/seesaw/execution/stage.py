@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from seesaw.core.workspace import logit_rows
 from seesaw.device.base import Device
 from seesaw.execution.collectives import PipelineLinks, TensorParallelGroup
 from seesaw.execution.graphs import DecodeGraphs, RankGraphs, Step
+from seesaw.execution.prompt_logprobs import PromptScorer, with_prompt_logprobs
 from seesaw.execution.sampling import Logprobs, Sampler, SampleResult
 from seesaw.execution.slots import Inputs, SlotTables
 from seesaw.kv.device_pool import DevicePool
@@ -120,6 +122,7 @@ class Stage:
         self._sampler = (
             Sampler(spec.vocab, operators.argmax, device) if view.rank == view.sampler_rank else None
         )
+        self._scorer = PromptScorer(spec.vocab, group, device, self._decoder.logits)
         self._particular: set[int] = set()
         """Open slots that want more than the most likely token; known on every rank of the last stage."""
         self._expected: deque[Forward] = deque()
@@ -142,12 +145,16 @@ class Stage:
                 self._links.send_hidden(hidden)
                 self._expect_tokens(forward)
                 return None
+            scores, hidden = self._score(forward, hidden)
             result = self._sample(forward, hidden)
             if self._sampler is None:
                 return None
             tokens = self._device.download(result.tokens)
             logprobs = None if result.logprobs is None else result.logprobs.download(self._device)
-            return partial(_report, forward.id, tokens, logprobs, prepared - started)
+            report = partial(_report, forward.id, tokens, logprobs, prepared - started)
+            if scores is None:
+                return report
+            return partial(with_prompt_logprobs, report, self._device.download(scores), forward.scores)
 
     def finish(self) -> None:
         """Take in and send out whatever is still between the stages. The stage may go then."""
@@ -196,6 +203,16 @@ class Stage:
             self._arrivals.before(group)
             if not self._arrivals.pending:
                 self._arrivals = None
+
+    def _score(self, forward: Forward, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What `PromptScorer` says of prompts, on the rank that samples, and the rows at which a token is sampled."""
+        if not forward.scores:
+            return None, hidden
+        self._await(HEAD)
+        scores = self._scorer.score(forward, hidden)
+        ends = np.cumsum(forward.counts, dtype=np.int64) - 1
+        (sampled,) = self._device.upload([ends[forward.sampled]])
+        return scores, hidden.index_select(0, sampled)
 
     def _sample(self, forward: Forward, rows: Tensor) -> SampleResult:
         """Sample, and give the tokens to the first stage. Only the sampler's rank gets the true result."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from seesaw.core.actions import FEEDBACK, Forward, SamplingState, SlotInit
+from seesaw.core.actions import FEEDBACK, Forward, PromptScore, SamplingState, SlotInit
 from seesaw.core.noise import noise_key
 from seesaw.scheduling.lockstep import Lockstep
 from seesaw.scheduling.replica import Replica
@@ -47,6 +47,8 @@ class Flight:
     """Those whose limit its token reaches."""
     stops: bool
     """Whether a token may end one of them."""
+    scored: list[tuple[Sequence, int]]
+    """Whose prompt's tokens are scored, and how many."""
 
 
 @dataclass(slots=True)
@@ -71,6 +73,8 @@ class BatchBuilder:
     _write_through: list[tuple[int, int]] = field(default_factory=list)
     _copied: list[Sequence] = field(default_factory=list)
     _last: list[Sequence] = field(default_factory=list)
+    _scores: list[PromptScore] = field(default_factory=list)
+    _scored: list[tuple[Sequence, int]] = field(default_factory=list)
     _feedback_from: int = -1
     _stops: bool = False
     _closing: int = field(init=False)
@@ -82,15 +86,18 @@ class BatchBuilder:
     def feed(self, sequence: Sequence, count: int) -> bool:
         """Add the next `count` tokens of a prompt; its device blocks exist already.
 
-        Returns whether these were its last known tokens, so that the next one is sampled.
+        Returns whether these were its last known tokens, so that the next one is sampled, if any is wanted.
         """
         start = sequence.cached
         self._tell_blocks(sequence)
         self._tokens.extend(sequence.tokens[start : start + count])
         last = start + count == len(sequence.tokens)
+        if sequence.request.sampling.prompt_logprobs is not None:
+            self._score(sequence, start, count)
         if last:
             self._stops = self._stops or bool(sequence.stop_ids)
-            self._sampled.append(len(self.sequences))
+            if not sequence.request.sampling.scores_only:
+                self._sampled.append(len(self.sequences))
             if start + count + 1 >= sequence.limit:
                 self._last.append(sequence)
         self.sequences.append(sequence)
@@ -100,6 +107,15 @@ class BatchBuilder:
         self.tokens_fed += count
         sequence.feed(count, self.id)
         return last
+
+    def _score(self, sequence: Sequence, start: int, count: int) -> None:
+        """Ask for the scores that the next `count` tokens give; not for those that an earlier prefill has given."""
+        first = max(start + 1, sequence.first_score + len(sequence.prompt_logprobs))
+        tokens = sequence.request.prompt_token_ids[first : start + count + 1]
+        if tokens:
+            top = sequence.request.sampling.prompt_logprobs or 0
+            self._scores.append(PromptScore(len(self.sequences), first - 1 - start, list(tokens), top))
+            self._scored.append((sequence, len(tokens)))
 
     def feed_all(self, lockstep: Lockstep, due: list[Sequence], last: list[Sequence]) -> None:
         """Add a decode step of each member; their device blocks exist already, and only those `due` have new ones.
@@ -189,8 +205,9 @@ class BatchBuilder:
             write_through=self._write_through,
             feedback=self.feedback and bool(self._sampled),
             feedback_from=self._feedback_from,
+            scores=self._scores,
         )
         everyone = self.sequences
         sampled = everyone if len(self._sampled) == len(everyone) else [everyone[i] for i in self._sampled]
-        flight = Flight(self.replica, self.group, everyone, sampled, self._last, self._stops)
+        flight = Flight(self.replica, self.group, everyone, sampled, self._last, self._stops, self._scored)
         return forward, flight, self._copied

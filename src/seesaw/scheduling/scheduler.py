@@ -86,30 +86,22 @@ class Scheduler:
 
         Raises `RequestError` if the prompt is empty or can never fit.
         """
-        prompt = len(request.prompt_token_ids)
-        longest = self.config.max_model_len
-        if prompt == 0:
-            raise RequestError("the prompt is empty", code="empty_prompt", param="prompt")
-        if prompt + 1 > longest:
-            raise RequestError(
-                f"the prompt has {prompt} tokens; at most {longest - 1} fit, since max_model_len is "
-                f"{longest} and one token at least is generated",
-                code="context_length_exceeded",
-                param="prompt",
-            )
+        _check_length(request, self.config.max_model_len)
         sequences = [self._new_sequence(request, i, stop_ids) for i in range(request.sampling.n)]
         self.waiting.extend(sequences)
         return sequences
 
     def _new_sequence(self, request: Request, index: int, stop_ids: frozenset[int]) -> Sequence:
-        prompt = len(request.prompt_token_ids)
+        # the last token of a prompt that is only scored tells nothing of the others
+        only = request.sampling.scores_only
+        tokens = list(request.prompt_token_ids[:-1] if only else request.prompt_token_ids)
         sequence = Sequence(
             id=self._next_sequence,
             request=request,
             index=index,
-            tokens=list(request.prompt_token_ids),
-            prompt_tokens=prompt,
-            limit=min(prompt + request.sampling.max_tokens, self.config.max_model_len),
+            tokens=tokens,
+            prompt_tokens=len(tokens),
+            limit=min(len(tokens) + max(1, request.sampling.max_tokens), self.config.max_model_len),
             stop_ids=stop_ids,
         )
         self._next_sequence += 1
@@ -235,6 +227,11 @@ class Scheduler:
         replica.in_flight -= 1
         replica.completed = done.id
         replica.groups[flight.group].in_flight -= 1
+        place = 0
+        for sequence, count in flight.scored:
+            sequence.prompt_logprobs += done.prompt_logprobs[place : place + count]
+            place += count
+        assert place == len(done.prompt_logprobs)
         if done.logprobs:
             for sequence, chosen in zip(flight.sampled, done.logprobs, strict=True):
                 if chosen is not None and sequence.status is not Status.FINISHED:
@@ -429,3 +426,24 @@ class Scheduler:
         self.host.release(sequence.host_blocks)
         sequence.host_blocks = []
         sequence.written_through = 0
+
+
+def _check_length(request: Request, longest: int) -> None:
+    """Raise `RequestError` if the prompt is empty, or can never fit where sequences have at most `longest` tokens."""
+    prompt, only = len(request.prompt_token_ids), request.sampling.scores_only
+    if prompt == 0:
+        raise RequestError("the prompt is empty", code="empty_prompt", param="prompt")
+    if only and prompt == 1:
+        raise RequestError(
+            "a prompt of one token has nothing to score; give two at least, or a max_tokens of 1",
+            code="prompt_too_short",
+            param="prompt",
+        )
+    most = longest + 1 if only else longest - 1
+    if prompt > most:
+        why = "the last of them is not fed" if only else "one token at least is generated"
+        raise RequestError(
+            f"the prompt has {prompt} tokens; at most {most} fit, since max_model_len is {longest} and {why}",
+            code="context_length_exceeded",
+            param="prompt",
+        )

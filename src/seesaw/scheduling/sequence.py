@@ -88,6 +88,8 @@ class Sequence:
     """Copies in flight that read or write its blocks."""
 
     logprobs: list[ChosenToken | None] = field(default_factory=list, init=False)
+    prompt_logprobs: list[ChosenToken] = field(default_factory=list, init=False)
+    """Of the prompt's tokens from `first_score` on, as far as they have come back."""
     finish_reason: FinishReason | None = field(default=None, init=False)
     stop_reason: int | str | None = field(default=None, init=False)
 
@@ -131,6 +133,14 @@ class Sequence:
     def generated(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def first_score(self) -> int:
+        """Number of the first token of the prompt whose log-probability is wanted; its length if none is."""
+        sampling, prompt = self.request.sampling, len(self.request.prompt_token_ids)
+        if sampling.prompt_logprobs is None or self.index:  # one of the completions stands for all
+            return prompt
+        return min(max(1, sampling.prompt_logprobs_start), prompt)
 
     @property
     def ended_by_token(self) -> bool:

@@ -78,7 +78,8 @@ class MixedPolicy:
         reserved = scheduler.reserve(replica)
         while batch.tokens_fed < budget and scheduler.waiting and len(members) < limit:
             sequence = scheduler.waiting[0]
-            if not scheduler.has_room(replica, len(sequence.tokens) + 1, reserved=reserved):
+            tokens = min(len(sequence.tokens) + 1, sequence.limit)
+            if not scheduler.has_room(replica, tokens, reserved=reserved):
                 return
             scheduler.admit(sequence, replica, batch.group, via_host=False)
             reserved += 1
