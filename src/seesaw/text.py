@@ -5,6 +5,7 @@ transformers is imported when a tokeniser is loaded, not before.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
@@ -57,6 +58,10 @@ class Tokenizer:
         """The end-of-sequence token of the tokeniser, if it has one. A model's config may name more."""
         eos = self._tokenizer.eos_token_id
         return () if eos is None else (int(eos),)
+
+    def hugging_face(self) -> PreTrainedTokenizerBase:
+        """The tokeniser as transformers knows it: a copy, so that what is set on it changes nothing here."""
+        return copy.deepcopy(self._tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -312,7 +317,7 @@ class StopChecker:
 class TextState:
     """The text of one sequence and its stop strings.
 
-    Push every sampled token but the one that ended the sequence by its id (EOS or a stop token).
+    Push every sampled token; the one that ended the sequence by its id (EOS or a stop token) only if it is to be shown.
     """
 
     __slots__ = ("_checker", "_min_tokens", "_pieces", "_skip", "_stopped", "_tokenizer")
