@@ -38,7 +38,9 @@ def default_sampling(
         if path.is_file():
             found = _read(path)
         elif source != "auto":
-            raise ConfigError(f"generation_config={source!r}: there is no {path}; choose auto, vllm or a folder with it")
+            raise ConfigError(
+                f"generation_config={source!r}: there is no {path}; choose auto, vllm or a folder with it"
+            )
     found |= dict(changes or {})
     chosen = {ours: found[theirs] for theirs, ours in _TAKEN.items() if found.get(theirs) is not None}
     if not chosen:

@@ -14,12 +14,15 @@ def find_model(model: str | Path, *, revision: str | None = None, cache: str | N
     """The folder of a model that is given as a folder, or by its name on the Hugging Face hub.
 
     `revision` is a branch, tag or commit, `cache` the folder of the cache if it is not the usual one. A path that is
-    neither comes back as it is, for whoever reads it to say so. Raises `ModelError` for a name that is not in the cache.
+    neither comes back as it is, for whoever reads it to say so. Raises `ModelError` for a name that is not in the
+    cache.
     """
     folder = Path(model)
     if folder.exists() or not _NAME.fullmatch(str(model)):
         if revision is not None and folder.exists():
-            raise ModelError(f"revision={revision!r}: {str(model)!r} is a folder, which has none; leave it out")
+            raise ModelError(
+                f"revision={revision!r}: {str(model)!r} is a folder, which has none; leave it out"
+            )
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -87,8 +87,10 @@ class LLM:
         deployment = resolve(Options(model=str(folder), **known))
         self._defaults = default_sampling(folder, generation_config, override_generation_config)
         self._chat_template = _read_template(chat_template)
-        wanted = False if skip_tokenizer_init or tokenizer is False else _tokenizer_folder(
-            tokenizer, tokenizer_revision, download_dir
+        wanted = (
+            False
+            if skip_tokenizer_init or tokenizer is False
+            else _tokenizer_folder(tokenizer, tokenizer_revision, download_dir)
         )
         self.tokenizer = _load_tokenizer(str(folder), wanted)
         deployment = check_plan(deployment)
@@ -184,7 +186,8 @@ class LLM:
         single = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], Mapping)
         several = cast("Iterable[Sequence[Mapping[str, Any]]]", [messages] if single else messages)
         tokenizer = self._need_tokenizer("chat")
-        prompts = ({"prompt_token_ids": tokenizer.render_chat(each, **given)} for each in several)
+        rendered = (tokenizer.render_prompt(each, **given) for each in several)
+        prompts: Iterator[Prompt] = ({"prompt": text, "prompt_token_ids": ids} for text, ids in rendered)
         if isinstance(several, Sized):
             return self.generate(list(prompts), sampling_params, use_tqdm=use_tqdm)
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -323,7 +326,7 @@ def _is_single(prompts: object) -> bool:
 
 
 def _read_template(template: str | Path | None) -> str | None:
-    """A chat template given as text or as a file, by vLLM's rule: what holds neither braces nor a newline is a file."""
+    """A chat template given as text or as a file, by vLLM's rule: a text with braces or newlines is a template."""
     if template is None:
         return None
     text = str(template)
@@ -332,7 +335,9 @@ def _read_template(template: str | Path | None) -> str | None:
     try:
         return Path(template).read_text()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"chat_template={text!r}: neither a template nor a file of one ({error})") from error
+        raise ConfigError(
+            f"chat_template={text!r}: neither a template nor a file of one ({error})"
+        ) from error
 
 
 def _tokenizer_folder(

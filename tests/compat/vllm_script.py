@@ -106,7 +106,10 @@ def main(model, path):
         ),
         "stop token": SamplingParams(temperature=0, max_tokens=160, stop_token_ids=[tokens[0][-3], 300, 301]),
         "stop token kept": SamplingParams(
-            temperature=0, max_tokens=160, stop_token_ids=list(range(300, 400)), include_stop_str_in_output=True
+            temperature=0,
+            max_tokens=160,
+            stop_token_ids=list(range(300, 400)),
+            include_stop_str_in_output=True,
         ),
         "special tokens": SamplingParams(temperature=0, max_tokens=160, skip_special_tokens=False),
         "special tokens kept": SamplingParams(
@@ -122,7 +125,9 @@ def main(model, path):
         "logprobs": SamplingParams(temperature=0, max_tokens=40, logprobs=3),
         "chosen logprobs": SamplingParams(temperature=0, max_tokens=20, logprobs=0),
         "several": SamplingParams(temperature=0.5, top_k=1, max_tokens=20, n=2),
-        "nearly greedy": SamplingParams(temperature=0.7, top_k=1, top_p=0.9, min_p=0.1, max_tokens=160, seed=3),
+        "nearly greedy": SamplingParams(
+            temperature=0.7, top_k=1, top_p=0.9, min_p=0.1, max_tokens=160, seed=3
+        ),
         "no text": SamplingParams(temperature=0, max_tokens=20, detokenize=False),
         "neutral": SamplingParams(
             temperature=0,

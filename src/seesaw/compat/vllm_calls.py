@@ -11,7 +11,9 @@ from seesaw.core.foreign import Foreign, refused, take_own, without_effect
 
 _TEXT_ONLY = "only text and token ids go into models here; keep vLLM for these prompts"
 _GENERATES = "this engine generates text only; keep vLLM for embeddings, scores and classes"
-_TOKENISED = "prompts are tokenised as the tokeniser is set up; tokenise them yourself and give prompt_token_ids"
+_TOKENISED = (
+    "prompts are tokenised as the tokeniser is set up; tokenise them yourself and give prompt_token_ids"
+)
 
 _CALL: dict[str, Foreign] = {
     **refused("there are no LoRA adapters; merge the adapter into the weights first", "lora_request"),
@@ -29,7 +31,8 @@ _METHODS: dict[str, str] = {
     **dict.fromkeys(("embed", "encode", "classify", "score", "reward"), _GENERATES),
     "beam_search": "there is no beam search; generate with n completions and choose among them",
     **dict.fromkeys(
-        ("enqueue", "enqueue_chat", "wait_for_completion"), "give generate an iterator: it is read as there is room"
+        ("enqueue", "enqueue_chat", "wait_for_completion"),
+        "give generate an iterator: it is read as there is room",
     ),
     **dict.fromkeys(("sleep", "wake_up"), "close the engine and make a new one: that takes seconds"),
     **dict.fromkeys(("collective_rpc", "apply_model", "llm_engine"), "the ranks run no code of one's own"),

@@ -66,10 +66,15 @@ def _take_ranks(options: dict[str, Any]) -> None:
     for name, value in degrees.items():
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"LLM: {name}={value!r}: must be a whole number of at least 1")
-    asked, ranks = " × ".join(f"{name}={value}" for name, value in degrees.items()), math.prod(degrees.values())
+    asked, ranks = (
+        " × ".join(f"{name}={value}" for name, value in degrees.items()),
+        math.prod(degrees.values()),
+    )
     plan = options.get("plan", "auto")
     if plan != "auto" and Plan.parse(plan).world != ranks:
-        raise LayoutError(f"LLM: plan {plan} has {Plan.parse(plan).world} ranks, but {asked}; leave the latter out")
+        raise LayoutError(
+            f"LLM: plan {plan} has {Plan.parse(plan).world} ranks, but {asked}; leave the latter out"
+        )
     if plan == "auto" and options.setdefault("ranks", ranks) != ranks:
         raise ConfigError(f"LLM: ranks={options['ranks']}, but {asked}; leave the latter out")
 
@@ -79,7 +84,9 @@ def _rename(options: dict[str, Any], theirs: str, ours: str) -> None:
         return
     value = options.pop(theirs)
     if options.setdefault(ours, value) != value:
-        raise ConfigError(f"LLM: {theirs}={value} and {ours}={options[ours]} are the same setting; give one of them")
+        raise ConfigError(
+            f"LLM: {theirs}={value} and {ours}={options[ours]} are the same setting; give one of them"
+        )
 
 
 def _take_host_memory(options: dict[str, Any]) -> list[str]:
@@ -110,7 +117,9 @@ def _take_device_memory(options: dict[str, Any]) -> list[str]:
     if "device_memory" in options:
         return [f"{_SHARE} (device_memory is given)"]
     if not device_kind(options.get("device", "cpu")).numbered:
-        return [f"{_SHARE} (ranks compute on the CPU; device_memory is the budget of each, device='cuda' takes GPUs)"]
+        return [
+            f"{_SHARE} (ranks compute on the CPU; device_memory is the budget of each, device='cuda' takes GPUs)"
+        ]
     smallest = min(gpu.total for gpu in visible_gpus())
     options["device_memory"] = int(smallest * share) // options.get("ranks_per_gpu", 1)
     return []

@@ -23,7 +23,11 @@ class Foreign:
 
     def asks(self, value: object) -> bool:
         """Whether `value` asks for something. 0 and 0.0 are values like others."""
-        if value is None or value is False or (isinstance(value, (str, list, tuple, dict, set)) and not value):
+        if (
+            value is None
+            or value is False
+            or (isinstance(value, (str, list, tuple, dict, set)) and not value)
+        ):
             return False
         return not any(_same(value, neutral) for neutral in self.neutral)
 

@@ -15,8 +15,8 @@ UNBOUNDED = (1 << 31) - 1
 _ONE = (1, 1.0)
 _SWITCHES = "tokens cannot be forced or forbidden here yet; leave it out, or keep these prompts in vLLM"
 _CONSTRAINED = (
-    "answers cannot be constrained to a grammar or schema here yet; leave it out and check the answers, or keep these "
-    "prompts in vLLM"
+    "answers cannot be constrained to a grammar or schema here yet; leave it out and check the answers, or keep "
+    "these prompts in vLLM"
 )
 _PROMPT = "the log-probabilities of prompts are not kept; leave it out"
 
@@ -24,9 +24,7 @@ FOREIGN: dict[str, Foreign] = {
     **refused(_SWITCHES, "logit_bias", "allowed_token_ids", "bad_words", "trace_decode_token_ids"),
     **refused(_CONSTRAINED, "structured_outputs", "guided_decoding"),
     **refused(_PROMPT, "prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start"),
-    **refused(
-        "only the most likely tokens can be asked for; use logprobs, at most 20", "logprob_token_ids"
-    ),
+    **refused("only the most likely tokens can be asked for; use logprobs, at most 20", "logprob_token_ids"),
     **refused(
         "only as many completions are made as are asked for; use n and choose among them",
         "best_of",
@@ -36,8 +34,13 @@ FOREIGN: dict[str, Foreign] = {
     **refused("there is no beam search; leave it out", "length_penalty", neutral=_ONE),
     **refused("code of one's own does not run on the ranks; leave it out", "logits_processors", "extra_args"),
     **refused("cut the prompt before it is given", "truncate_prompt_tokens"),
-    **refused("thinking is not bounded apart; bound it all with max_tokens", "thinking_token_budget", neutral=(-1,)),
-    **refused("answers that repeat themselves are not ended early; bound them with max_tokens", "repetition_detection"),
+    **refused(
+        "thinking is not bounded apart; bound it all with max_tokens", "thinking_token_budget", neutral=(-1,)
+    ),
+    **refused(
+        "answers that repeat themselves are not ended early; bound them with max_tokens",
+        "repetition_detection",
+    ),
     **refused("answers are not watermarked", "watermarking"),
     **without_effect(
         "log-probabilities come as a list of dictionaries, which reads the same", "flat_logprobs"
@@ -48,8 +51,8 @@ FOREIGN: dict[str, Foreign] = {
 """By name."""
 
 _MEANINGLESS = frozenset({"output_kind", "stream_interval", "skip_clone", "spaces_between_special_tokens"})
-"""About outputs in the making, which `LLM` never shows in vLLM either, or a copy that it makes. Spaces between special
-tokens matter to slow tokenisers only, and where special tokens are shown."""
+"""About outputs in the making, which vLLM's `LLM` never shows either, or a copy that it makes; and spaces between
+special tokens, where these are not shown."""
 
 
 def own_fields(given: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any]:
@@ -72,7 +75,9 @@ def own_fields(given: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any]:
 
 
 def _check_spaces(given: Mapping[str, Any]) -> None:
-    if given.get("spaces_between_special_tokens", True) is False and not given.get("skip_special_tokens", True):
+    if given.get("spaces_between_special_tokens", True) is False and not given.get(
+        "skip_special_tokens", True
+    ):
         raise _refusal(
             "spaces_between_special_tokens=False: special tokens are shown with the tokeniser's own spaces; leave "
             "it out, or skip them",
