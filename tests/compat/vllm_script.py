@@ -95,6 +95,8 @@ def main(model, path):
             chat_template_kwargs={"extra": "\n"},
         ),
     }
+    cases["recommended"] = llm.generate(texts)
+    cases["recommended by chat"] = llm.chat([{"role": "user", "content": ORDERS[3]}])
     variants = {
         "defaults": SamplingParams(temperature=0),
         "no limit": SamplingParams(temperature=0, max_tokens=None),
@@ -144,8 +146,13 @@ def main(model, path):
     for name, params in variants.items():
         cases[name] = llm.generate(texts, params)
     cases["one each"] = llm.generate(texts, list(variants.values())[: len(texts)])
+    default = llm.get_default_sampling_params()
+    told = {
+        name: getattr(default, name) for name in ("temperature", "top_k", "repetition_penalty", "max_tokens")
+    }
     with open(path, "w") as file:
-        json.dump({name: [described(o) for o in outputs] for name, outputs in cases.items()}, file)
+        answers = {name: [described(o) for o in outputs] for name, outputs in cases.items()}
+        json.dump({"recommendation": told, "answers": answers}, file)
 
 
 if __name__ == "__main__":

@@ -30,4 +30,5 @@ def _make(bar: Bar) -> Callable[..., Any]:
         return bar
     from tqdm.auto import tqdm
 
-    return tqdm
+    make: Callable[..., Any] = tqdm
+    return make
