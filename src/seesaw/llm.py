@@ -87,12 +87,9 @@ class LLM:
         deployment = resolve(Options(model=str(folder), **known))
         self._defaults = default_sampling(folder, generation_config, override_generation_config)
         self._chat_template = _read_template(chat_template)
-        wanted = (
-            False
-            if skip_tokenizer_init or tokenizer is False
-            else _tokenizer_folder(tokenizer, tokenizer_revision, download_dir)
-        )
-        self.tokenizer = _load_tokenizer(str(folder), wanted)
+        if tokenizer is not None and not isinstance(tokenizer, bool):
+            tokenizer = find_model(tokenizer, revision=tokenizer_revision, cache=download_dir)
+        self.tokenizer = None if skip_tokenizer_init else _load_tokenizer(str(folder), tokenizer)
         deployment = check_plan(deployment)
         writer = None if deployment.options.trace is None else TraceWriter(deployment.options.trace)
         self._node = LocalNode(None if writer is None else writer.add)
@@ -136,7 +133,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Iterable[Prompt] = (),
+        prompts: Prompt | Iterable[Prompt] | None = None,
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: Bar = False,
@@ -150,6 +147,8 @@ class LLM:
         Raises `RequestError` naming the prompt that cannot be served (an iterator's outputs carry `error`).
         """
         check_call("generate", others)
+        if prompts is None:
+            raise ConfigError("generate: there are no prompts")
         several = cast("Iterable[Prompt]", [prompts] if _is_single(prompts) else prompts)
         _check_lengths(several, sampling_params)
         requests = self._make_requests(several, sampling_params)
@@ -340,19 +339,11 @@ def _read_template(template: str | Path | None) -> str | None:
         ) from error
 
 
-def _tokenizer_folder(
-    tokenizer: str | Path | bool | None, revision: str | None, cache: str | None
-) -> str | bool:
-    if tokenizer is None or isinstance(tokenizer, bool):
-        return True
-    return str(find_model(tokenizer, revision=revision, cache=cache))
-
-
-def _load_tokenizer(model: str, tokenizer: str | Path | bool) -> Tokenizer | None:
+def _load_tokenizer(model: str, tokenizer: str | Path | bool | None) -> Tokenizer | None:
     """The tokeniser asked for; a model directory without one gives none."""
     if tokenizer is False:
         return None
-    if tokenizer is not True:
+    if tokenizer not in (None, True):
         return Tokenizer.load(str(tokenizer))
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     if not any((Path(model) / name).exists() for name in files):

@@ -84,15 +84,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 """Bodies that vLLM answers, minding or passing over the field, and we refuse by its name."""
 
-ELSEWHERE = ("/v1/embeddings", "/v1/score", "/rerank")
-"""Endpoints for other models than those that generate."""
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "/v1/embeddings": {"input": "hello"},
+    "/v1/score": {"queries": "hello", "documents": ["a"]},
+    "/rerank": {"query": "hello", "documents": ["a"]},
+}
+"""Endpoints for other models than those that generate, and bodies that are right for them."""
 
 
 def write_batch(path: Path) -> None:
     """The file, with every row above."""
     bodies = ANSWERED | {name: body for name, (body, _) in (FAILED | REFUSED).items()}
     rows = [_row(name, _body(name, body)) for name, body in bodies.items()]
-    rows += [_row(url, {"model": "extract", "input": "hello"}, url) for url in ELSEWHERE]
+    rows += [_row(url, {"model": "extract", **body}, url) for url, body in ELSEWHERE.items()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

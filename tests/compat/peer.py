@@ -87,11 +87,13 @@ def record(python: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_model(folder / "model")
-        script = told_by_script(python, model, folder)
-        script["answers"] = {
-            case: [_short(told) for told in each] for case, each in script["answers"].items()
+        everything = {
+            "names": names(python),
+            "batch": told_by_batch(python, model, folder),
+            "script": told_by_script(python, model, folder),
         }
-        everything = {"names": names(python), "script": script, "batch": told_by_batch(python, model, folder)}
+    for case, each in everything["script"]["answers"].items():
+        everything["script"]["answers"][case] = [_short(told) for told in each]
     RECORD.write_text(json.dumps(everything, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 

@@ -116,7 +116,7 @@ def test_what_has_no_effect_is_warned_of_once() -> None:
 
 
 def test_every_argument_of_vllm_is_known() -> None:
-    """Those of the release that was recorded; `test_vllm_script` asks the one that is installed, where there is one."""
+    """Those of the release that was recorded; `test_vllm_script` asks the one that is installed."""
     check_names(json.loads(RECORD.read_text())["names"])
 
 
@@ -148,7 +148,7 @@ def test_a_refusal_says_why(foreign: tuple[str, Foreign]) -> None:
         ({"logit_bias": {5: 1.0}}, "logit_bias={5: 1.0}: tokens cannot be forced"),
         ({"structured_outputs": object()}, "grammar or schema"),
         ({"bad_words": ["x"]}, "keep these prompts in vLLM"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs=0: .*leave it out"),
+        ({"logprob_token_ids": [3]}, "use logprobs, at most 20"),
         ({"best_of": 3}, "use n and choose among them"),
         ({"logits_processors": [print]}, "leave it out"),
         ({"truncate_prompt_tokens": 5}, "cut the prompt"),
