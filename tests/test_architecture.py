@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "report": {"core", "recording"},
     "jobs": {"core", "report", "text"},
     "preflight": {"core", "device", "models", "weights", "transport", "execution", "native"},
+    "compat": {"core", "device"},
     "profiling": None,
     "bench": None,
     "cli": None,

@@ -9,7 +9,7 @@ from seesaw.core.errors import SeesawError
 from seesaw.core.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from seesaw.core.request import CompletionOutput, Request, RequestOutput
+    from seesaw.core.request import CompletionOutput, Request, RequestOutput, TextPrompt, TokensPrompt
     from seesaw.llm import LLM
 
 __version__ = "0.1.0.dev0"
@@ -21,6 +21,8 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SeesawError",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 
@@ -29,6 +31,8 @@ _LATER = {
     "CompletionOutput": "seesaw.core.request",
     "Request": "seesaw.core.request",
     "RequestOutput": "seesaw.core.request",
+    "TextPrompt": "seesaw.core.request",
+    "TokensPrompt": "seesaw.core.request",
 }
 """Imported when they are first asked for: `LLM` brings torch, which takes a second or two, the others msgspec."""
 

@@ -231,7 +231,8 @@ class Engine:
     def _watch_text(self, sequence: Sequence) -> None:
         """Feed the new token of a sequence with stop strings to its text; end it when one appears."""
         text = self._texts.get(sequence.id)
-        if text is not None and not sequence.ended_by_token:
+        silent = sequence.ended_by_token and not sequence.request.sampling.include_stop_str_in_output
+        if text is not None and not silent:
             stop = text.push(sequence.tokens[-1])
             if stop is not None:
                 if sequence.finish_reason is None:
@@ -260,16 +261,15 @@ class Engine:
             )
 
     def _output(self, sequence: Sequence) -> CompletionOutput:
-        tokens = sequence.output_token_ids
+        tokens, sampling = sequence.output_token_ids, sequence.request.sampling
         state = self._texts.pop(sequence.id, None)
         text = ""
         if state is not None:
             text = state.finish()
-        elif self._tokenizer is not None:
-            said = tokens[:-1] if sequence.ended_by_token else tokens
-            text = self._tokenizer.decode(
-                said, skip_special_tokens=sequence.request.sampling.skip_special_tokens
-            )
+        elif self._tokenizer is not None and sampling.detokenize:
+            silent = sequence.ended_by_token and not sampling.include_stop_str_in_output
+            said = tokens[:-1] if silent else tokens
+            text = self._tokenizer.decode(said, skip_special_tokens=sampling.skip_special_tokens)
         return CompletionOutput(
             index=sequence.index,
             token_ids=tokens,

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from seesaw.auto import auto_for
+from seesaw.compat.bar import Bar, with_bar
+from seesaw.compat.vllm_calls import check_call, check_prompt, missing
+from seesaw.compat.vllm_engine import engine_options
 from seesaw.core.errors import ConfigError, RequestError
 from seesaw.core.request import Request, RequestOutput
 from seesaw.core.sampling import SamplingParams
 from seesaw.core.stats import EngineStats
+from seesaw.defaults import default_sampling
 from seesaw.deployment import Deployment, resolve
 from seesaw.engine import Engine
+from seesaw.hub import find_model
 from seesaw.launch import LocalNode
 from seesaw.options import Options
 from seesaw.preflight.gate import check_plan
@@ -25,6 +31,9 @@ from seesaw.recording.trace import TraceWriter
 from seesaw.recording.tracing import EngineTrace
 from seesaw.rows import Counted
 from seesaw.text import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 """Text, `{"prompt": text}`, `{"prompt_token_ids": [...]}`, or token ids."""
@@ -37,27 +46,51 @@ class LLM:
             for output in llm.generate(["Hello"], SamplingParams(temperature=0, max_tokens=20)):
                 print(output.outputs[0].text)
 
-    Arguments are those of `seesaw.options.Options`, and `tokenizer`: a path if it is not the model's own,
-    False for none (prompts are token ids then). Raises a `ConfigError` before any worker starts if they cannot
-    be used, `StartupError` or `WorkerError` if the workers do not come up.
+    `model` is a folder, or the name of a model in the local Hugging Face cache. Arguments are those of
+    `seesaw.options.Options`, and
+
+    - `tokenizer`: a path if it is not the model's own, False for none (prompts are token ids then);
+    - `chat_template`: a template or the file of one, for `chat` in place of the model's own;
+    - `generation_config`, `override_generation_config`: where `generate` takes settings from when it is given none
+      (`seesaw.defaults`);
+    - `revision`, `tokenizer_revision`, `download_dir`: of models and tokenisers in the Hugging Face cache;
+    - those of vLLM's `LLM`, as docs/from-vllm.md has them.
+
+    Raises a `ConfigError` before any worker starts if they cannot be used, `StartupError` or `WorkerError` if the
+    workers do not come up.
 
     With `plan="auto"`, the default, and a profile of this machine (`seesaw profile`), the workers start when the
     first rows are known: the planner chooses by their lengths, and may change the plan while a job runs if others
     turn out very different. Tokens do not depend on it.
     """
 
-    def __init__(self, model: str | Path, *, tokenizer: str | Path | bool = True, **options: Any) -> None:
-        known = set(Options.__dataclass_fields__) - {"model"}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ConfigError(f"LLM: unknown argument {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | Path | bool | None = True,
+        skip_tokenizer_init: bool = False,
+        chat_template: str | Path | None = None,
+        generation_config: str = "auto",
+        override_generation_config: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        download_dir: str | None = None,
+        **options: Any,
+    ) -> None:
+        known = engine_options(options, set(Options.__dataclass_fields__) - {"model"})
         from seesaw.execution.fork_server import fork_server
 
         started = time.monotonic()
 
         fork_server()  # it imports torch while this process reads config and tokeniser
-        deployment = resolve(Options(model=str(model), **options))
-        self.tokenizer = _load_tokenizer(str(model), tokenizer)
+        folder = find_model(model, revision=revision, cache=download_dir)
+        deployment = resolve(Options(model=str(folder), **known))
+        self._defaults = default_sampling(folder, generation_config, override_generation_config)
+        self._chat_template = _read_template(chat_template)
+        if tokenizer is not None and not isinstance(tokenizer, bool):
+            tokenizer = find_model(tokenizer, revision=tokenizer_revision, cache=download_dir)
+        self.tokenizer = None if skip_tokenizer_init else _load_tokenizer(str(folder), tokenizer)
         deployment = check_plan(deployment)
         writer = None if deployment.options.trace is None else TraceWriter(deployment.options.trace)
         self._node = LocalNode(None if writer is None else writer.add)
@@ -91,42 +124,73 @@ class LLM:
         """Cores of this machine that the ranks keep busy."""
         return self.deployment.plan.world * self.deployment.options.threads_per_rank
 
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's Hugging Face tokeniser: a copy, the same one each time, which the engine does not look at."""
+        return self._shown_tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` and `chat` do where they are given no `sampling_params`: as the model recommends."""
+        return SamplingParams(**self._defaults)
+
     def generate(
         self,
-        prompts: Prompt | Iterable[Prompt],
+        prompts: Prompt | Iterable[Prompt] | None = None,
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        use_tqdm: Bar = False,
+        **others: Any,
     ) -> Iterator[RequestOutput] | list[RequestOutput]:
         """Complete each prompt; outputs come in the order of the prompts.
 
-        A single prompt or a sequence of them gives a list. An iterator is pulled lazily and gives an iterator,
-        and memory stays constant. One `SamplingParams` serves all prompts, an iterable gives each its own.
+        A single prompt or anything with a length gives a list. An iterator is pulled lazily and gives an iterator,
+        and memory stays constant. One `SamplingParams` serves all prompts, an iterable gives each its own; without,
+        settings are those that the model recommends. `use_tqdm=True` shows a bar; `others` are arguments of vLLM's.
         Raises `RequestError` naming the prompt that cannot be served (an iterator's outputs carry `error`).
         """
+        check_call("generate", others)
+        if prompts is None:
+            raise ConfigError("generate: there are no prompts")
         several = cast("Iterable[Prompt]", [prompts] if _is_single(prompts) else prompts)
+        _check_lengths(several, sampling_params)
         requests = self._make_requests(several, sampling_params)
-        if isinstance(several, Sequence):
-            return self._generate_list(list(requests))
-        return self._in_order(requests, several)
+        if isinstance(several, Sized):
+            return self._generate_list(list(requests), use_tqdm)
+        return self._in_order(requests, several, use_tqdm)
 
     def chat(
         self,
-        conversations: Sequence[Mapping[str, Any]] | Iterable[Sequence[Mapping[str, Any]]],
+        messages: Sequence[Mapping[str, Any]] | Iterable[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        use_tqdm: Bar = False,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_arguments: Any,
     ) -> Iterator[RequestOutput] | list[RequestOutput]:
-        """Answer conversations (lists of `{"role", "content"}`) through the model's chat template."""
-        single = isinstance(conversations, Sequence) and bool(conversations)
-        if single and isinstance(conversations[0], Mapping):  # type: ignore[index]
-            conversations = [cast("Sequence[Mapping[str, Any]]", conversations)]
-        several = cast("Iterable[Sequence[Mapping[str, Any]]]", conversations)
+        """Answer conversations (lists of `{"role", "content"}`) through the model's chat template.
+
+        A single conversation may be given alone. `chat_template` takes the place of the model's own. What
+        `template_arguments` and `chat_template_kwargs` hold goes to the template: `add_generation_prompt`,
+        `continue_final_message`, `tools`, variables of its own.
+        """
+        given = check_call("chat", template_arguments, others=True) | dict(chat_template_kwargs or {})
+        if given.get("continue_final_message") and given.get("add_generation_prompt"):
+            raise RequestError(
+                "chat: continue_final_message and add_generation_prompt exclude each other; give one of them",
+                code="invalid_value",
+                param="continue_final_message",
+            )
+        template = chat_template or self._chat_template
+        if template is not None:
+            given["chat_template"] = template
+        single = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], Mapping)
+        several = cast("Iterable[Sequence[Mapping[str, Any]]]", [messages] if single else messages)
         tokenizer = self._need_tokenizer("chat")
-        prompts = (
-            {"prompt_token_ids": tokenizer.render_chat(messages, **template_arguments)}
-            for messages in several
-        )
-        if isinstance(several, Sequence):
-            return self.generate(list(prompts), sampling_params)
-        return self.generate(prompts, sampling_params)
+        rendered = (tokenizer.render_prompt(each, **given) for each in several)
+        prompts: Iterator[Prompt] = ({"prompt": text, "prompt_token_ids": ids} for text, ids in rendered)
+        if isinstance(several, Sized):
+            return self.generate(list(prompts), sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
         """Serve requests as they are pulled; outputs come as they are finished, failures with `error` set."""
@@ -160,17 +224,26 @@ class LLM:
     ) -> None:
         self.close()
 
+    def __getattr__(self, name: str) -> Any:
+        raise missing(name)
+
+    @cached_property
+    def _shown_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._need_tokenizer("get_tokenizer").hugging_face()
+
     # ---- requests -----------------------------------------------------------------------------------------
 
-    def _generate_list(self, requests: list[Request]) -> list[RequestOutput]:
-        outputs = list(self._in_order(iter(requests), requests))
+    def _generate_list(self, requests: list[Request], use_tqdm: Bar) -> list[RequestOutput]:
+        outputs = list(self._in_order(iter(requests), requests, use_tqdm))
         for number, output in enumerate(outputs):
             if output.error is not None:
                 error = output.error
                 raise RequestError(f"prompt {number}: {error}", code=error.code, param=error.param)
         return outputs
 
-    def _in_order(self, requests: Iterator[Request], of: Iterable[object]) -> Iterator[RequestOutput]:
+    def _in_order(
+        self, requests: Iterator[Request], of: Iterable[object], use_tqdm: Bar
+    ) -> Iterator[RequestOutput]:
         """Outputs in the order of `requests`, which are made of the items of `of`."""
         order: list[str] = []
 
@@ -181,7 +254,9 @@ class LLM:
 
         held: dict[str, RequestOutput] = {}
         position = 0
-        for output in self.run(Counted(noted(), of)):
+        total = len(of) if isinstance(of, Sized) else None
+        for output in with_bar(self.run(Counted(noted(), of)), total, use_tqdm):
+            output.prompt_token_ids = list(output.prompt_token_ids)
             held[output.request_id] = output
             while position < len(order) and order[position] in held:
                 yield held.pop(order[position])
@@ -195,8 +270,9 @@ class LLM:
     ) -> Iterator[Request]:
         shared = sampling if isinstance(sampling, SamplingParams) else None
         each = None if sampling is None or shared is not None else iter(sampling)  # type: ignore[arg-type]
+        default = self.get_default_sampling_params()
         for prompt in prompts:
-            params = shared or (SamplingParams() if each is None else next(each, None))
+            params = shared or (default if each is None else next(each, None))
             if params is None:
                 raise ConfigError("generate: there are fewer sampling_params than prompts")
             text, tokens = self._tokens(prompt)
@@ -207,6 +283,7 @@ class LLM:
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, Mapping):
+            check_prompt(prompt)
             if "prompt_token_ids" in prompt:
                 return prompt.get("prompt"), prompt["prompt_token_ids"]
             if not isinstance(prompt.get("prompt"), str):
@@ -227,6 +304,12 @@ class LLM:
         return self.tokenizer
 
 
+def _check_lengths(prompts: object, sampling: object) -> None:
+    """Raise `ConfigError` if there are lists of different lengths."""
+    if isinstance(prompts, Sized) and isinstance(sampling, Sized) and len(prompts) != len(sampling):
+        raise ConfigError(f"generate: {len(prompts)} prompts, but {len(sampling)} sampling_params")
+
+
 def _close(node: LocalNode, writer: TraceWriter | None) -> None:
     """End the workers, whose last events go into the trace."""
     try:
@@ -242,11 +325,26 @@ def _is_single(prompts: object) -> bool:
     return isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
 
 
-def _load_tokenizer(model: str, tokenizer: str | Path | bool) -> Tokenizer | None:
+def _read_template(template: str | Path | None) -> str | None:
+    """A chat template given as text or as a file, by vLLM's rule: a text with braces or newlines is a template."""
+    if template is None:
+        return None
+    text = str(template)
+    if not isinstance(template, Path) and any(mark in text for mark in "{}\n"):
+        return text
+    try:
+        return Path(template).read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"chat_template={text!r}: neither a template nor a file of one ({error})"
+        ) from error
+
+
+def _load_tokenizer(model: str, tokenizer: str | Path | bool | None) -> Tokenizer | None:
     """The tokeniser asked for; a model directory without one gives none."""
     if tokenizer is False:
         return None
-    if tokenizer is not True:
+    if tokenizer not in (None, True):
         return Tokenizer.load(str(tokenizer))
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     if not any((Path(model) / name).exists() for name in files):

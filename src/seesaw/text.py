@@ -5,6 +5,7 @@ transformers is imported when a tokeniser is loaded, not before.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
@@ -58,6 +59,10 @@ class Tokenizer:
         eos = self._tokenizer.eos_token_id
         return () if eos is None else (int(eos),)
 
+    def hugging_face(self) -> PreTrainedTokenizerBase:
+        """The tokeniser as transformers knows it: a copy, so that what is set on it changes nothing here."""
+        return copy.deepcopy(self._tokenizer)
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id, added tokens included; a model may have more rows than this."""
@@ -91,20 +96,27 @@ class Tokenizer:
         Raises `RequestError`: `no_chat_template`, or `invalid_messages` for messages that are malformed or
         that the template refuses.
         """
-        if not (self._tokenizer.chat_template or kwargs.get("chat_template")):
+        return cast("list[int]", self._rendered(messages, {**kwargs, "tokenize": True, "return_dict": False}))
+
+    def render_prompt(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> tuple[str, list[int]]:
+        """The text of a conversation under the chat template, and its token ids: those of `render_chat`."""
+        text = cast("str", self._rendered(messages, {**kwargs, "tokenize": False}))
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return text, list(cast("list[int]", ids))
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]) -> object:
+        if not (self._tokenizer.chat_template or options.get("chat_template")):
             raise RequestError(
                 "messages: this model's tokeniser has no chat template; send a prompt instead",
                 code="no_chat_template",
                 param="messages",
             )
         conversation = [_message(message, i) for i, message in enumerate(_listed(messages))]
-        options = {"add_generation_prompt": not kwargs.get("continue_final_message"), **kwargs}
-        options |= {"tokenize": True, "return_dict": False}
+        options = {"add_generation_prompt": not options.get("continue_final_message"), **options}
         try:
-            ids = cast("list[int]", self._tokenizer.apply_chat_template(conversation, **options))
+            return self._tokenizer.apply_chat_template(conversation, **options)
         except Exception as error:  # templates are programs; whatever one raises concerns these messages only
             raise _invalid_messages(f"the chat template failed: {' '.join(str(error).split())}") from error
-        return list(ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a completion. Spaces before punctuation stay as the model wrote them."""
@@ -312,7 +324,7 @@ class StopChecker:
 class TextState:
     """The text of one sequence and its stop strings.
 
-    Push every sampled token but the one that ended the sequence by its id (EOS or a stop token).
+    Push every sampled token, but the one that ended the sequence by its id (EOS or a stop token) only if it is shown.
     """
 
     __slots__ = ("_checker", "_min_tokens", "_pieces", "_skip", "_stopped", "_tokenizer")

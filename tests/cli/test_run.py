@@ -113,7 +113,7 @@ def test_options_are_those_of_the_engine() -> None:
         *("input", "output", "errors", "limit", "served_model_name", "sync_loop", "debug"),
         *("ordered", "retry_errors", "force"),
         *("prompt_column", "id_column", "keep_column"),
-        *("metrics_port", "metrics_host"),
+        *("metrics_port", "metrics_host", "generation_config"),
     }
     same = shared - {"model", "preflight"}  # the command knows the job, by which it chooses what to check
     assert {n: ours[n].default for n in same} == {n: theirs[n].default for n in same}

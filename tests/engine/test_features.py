@@ -101,7 +101,7 @@ def test_an_iterator_is_pulled_lazily() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ConfigError, match="unknown argument 'tensor_parallel_size'"):
-        LLM(EXTRACT / "model", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"unknown argument 'max_runing'; did you mean 'max_running'"):
+        LLM(EXTRACT / "model", max_runing=2)
     with engine("T1") as llm, pytest.raises(RequestError, match=r"prompt 1: .*vocabulary"):
         llm.generate([[1, 2], [10**6]], SamplingParams(temperature=0, max_tokens=2))

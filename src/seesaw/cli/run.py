@@ -36,6 +36,11 @@ _OF_THE_ENGINE = (
     *("transition", "threads_per_rank", "on_rank_loss", "preflight", "trace"),
 )
 """Options that the engine takes as they are."""
+_OF_THE_JOB = (
+    *("output", "errors", "model", "served_model_name", "prompt_column", "id_column"),
+    *("limit", "ordered", "retry_errors", "force"),
+)
+"""Options that the job takes as they are."""
 
 
 def run(
@@ -53,6 +58,7 @@ def run(
     dtype: opt.DType = "auto",
     load_format: opt.LoadFormat = "auto",
     served_model_name: opt.ServedModelName = None,
+    generation_config: opt.GenerationConfig = "auto",
     plan: opt.PlanText = "auto",
     ranks: opt.Ranks = None,
     device: opt.Device = "auto",
@@ -82,6 +88,8 @@ def run(
     the way.
     """
     given = dict(locals())
+    from seesaw.defaults import default_sampling
+    from seesaw.hub import find_model
     from seesaw.jobs.base import JobOptions
     from seesaw.jobs.sources.open import find_inputs
 
@@ -96,24 +104,20 @@ def run(
             "overlap": not sync_loop,
         }
         inputs = find_inputs(input)
+        folder = find_model(model)
+        defaults = default_sampling(folder, generation_config)
     job = JobOptions(
         input=inputs,
-        output=output,
-        errors=errors,
-        model=model,
-        served_model_name=served_model_name,
-        prompt_column=prompt_column,
-        id_column=id_column,
+        model_folder=folder,
+        sampling_defaults=defaults,
         keep_columns=tuple(keep_column or ()),
-        limit=limit,
-        ordered=ordered,
-        retry_errors=retry_errors,
-        force=force,
+        **{name: given[name] for name in _OF_THE_JOB},
         settings={
             "dtype": dtype,
             "load-format": load_format,
             "seed": seed,
             "max-model-len": max_model_len,
+            "generation-config": generation_config,
         },
     )
     raise typer.Exit(_run(job, engine_options, (metrics_host, metrics_port), debug=debug))
@@ -163,11 +167,12 @@ def _run(
             from seesaw.recording.trace import check_trace
 
             check_trace(engine_options["trace"])
+        folder = str(options.model_folder or options.model)
         with open_job(options) as job:
             if job.complete:
                 return _say_complete(job)
             engine_options["preflight"] = _check_before(job, engine_options)
-            with metrics_server(*metrics_at) as metrics, open_engine(options.model, engine_options) as engine:
+            with metrics_server(*metrics_at) as metrics, open_engine(folder, engine_options) as engine:
                 command.failure = FAILED if options.streamed else INTERRUPTED
                 try:
                     with showing() as show, watching(engine, job, engine_options, metrics) as watch:

@@ -14,6 +14,8 @@ Input = Annotated[
     list[str],
     typer.Option(
         "--input",
+        "--input-file",
+        "-i",
         help="JSONL (OpenAI Batch lines, or plain lines with 'prompt' or 'messages'), CSV, TSV, Parquet; also .gz, "
         ".zst; '-' is standard input. May be repeated, or a pattern such as 'part-*.jsonl'.",
         metavar="FILE",
@@ -23,6 +25,9 @@ Input = Annotated[
 Output = Annotated[
     Path | None,
     typer.Option(
+        "--output",
+        "--output-file",
+        "-o",
         help="Answers: .jsonl as OpenAI Batch output lines, .csv, .tsv, .parquet as tables; also .gz, .zst. "
         "By default INPUT.output.jsonl beside the input. With - they go to standard output as they come, and the job "
         "cannot be continued.",
@@ -99,7 +104,8 @@ Force = Annotated[
 Model = Annotated[
     str,
     typer.Option(
-        help="Directory with config.json, safetensors files and tokeniser.",
+        help="Directory with config.json, safetensors files and tokeniser, or the name of a model in the local "
+        "Hugging Face cache.",
         metavar="DIR",
         rich_help_panel=_MODEL,
     ),
@@ -117,6 +123,15 @@ ServedModelName = Annotated[
     typer.Option(
         help="Name of the model in the answers; rows that name another model then fail.",
         metavar="NAME",
+        rich_help_panel=_MODEL,
+    ),
+]
+GenerationConfig = Annotated[
+    str,
+    typer.Option(
+        help="Settings of rows that leave them open: auto takes those of the model's generation_config.json, vllm "
+        "none, a folder those of its file.",
+        metavar="auto|vllm|DIR",
         rich_help_panel=_MODEL,
     ),
 ]

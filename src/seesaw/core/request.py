@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NotRequired, TypedDict
 
 import msgspec
 
@@ -10,6 +11,20 @@ from seesaw.core.errors import RequestError
 from seesaw.core.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str | None]
+    """Its text, for the output."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -32,6 +47,11 @@ class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     rank: int | None = None
     text: str | None = None
 
+    @property
+    def decoded_token(self) -> str | None:
+        """vLLM's name for `text`."""
+        return self.text
+
 
 class CompletionOutput(msgspec.Struct, kw_only=True, gc=False):
     """One of the `n` completions of a request.
@@ -47,6 +67,13 @@ class CompletionOutput(msgspec.Struct, kw_only=True, gc=False):
     stop_reason: int | str | None = None
     logprobs: list[dict[int, TokenLogprob]] | None = None
 
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The log-probability of all tokens together; None unless log-probabilities were asked for."""
+        if self.logprobs is None:
+            return None
+        return sum(at[token].logprob for token, at in zip(self.token_ids, self.logprobs, strict=True))
+
 
 class RequestOutput(msgspec.Struct, kw_only=True):
     """What became of a request: its completions, or the error that refused it (then `outputs` is empty).
@@ -57,7 +84,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: Sequence[int]
+    """A tuple; of `LLM.generate` and `LLM.chat` a list, to be joined with `token_ids`."""
     outputs: list[CompletionOutput] = []
     error: RequestError | None = None
     prompt_logprobs: list[dict[int, TokenLogprob] | None] | None = None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any
 
 from seesaw.core.errors import RequestError
+from seesaw.core.vllm_sampling import own_fields
 
 
 def _require(condition: bool, param: str, value: object, wanted: str) -> None:
@@ -13,6 +16,19 @@ def _require(condition: bool, param: str, value: object, wanted: str) -> None:
         raise RequestError(f"{param}={value!r}: {wanted}", code="invalid_value", param=param)
 
 
+def _checked_by_name(cls: type[SamplingParams]) -> type[SamplingParams]:
+    """Have fields that are not ours looked at before dataclasses would say that they are unknown."""
+    names, init = tuple(f.name for f in fields(cls)), cls.__init__
+
+    @wraps(init)
+    def __init__(self: SamplingParams, **given: Any) -> None:  # noqa: N807
+        init(self, **own_fields(given, names))
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_checked_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling settings of one request; names, meanings and defaults are vLLM's.
@@ -21,7 +37,9 @@ class SamplingParams:
     engine's seed and the request's id, so that it does not depend on the plan or on the batch. `logprobs=k`
     returns the log-probability of each chosen token and of the k most likely ones. `prompt_logprobs=k` does so
     for the tokens of the prompt, from number `prompt_logprobs_start` on; with it `max_tokens` may be 0, which
-    scores the prompt and generates nothing. Raises `RequestError` naming the field that cannot be used.
+    scores the prompt and generates nothing. `max_tokens=None` leaves it to the context. Fields of vLLM's that are
+    not here are refused where they ask for something (`core.vllm_sampling`). Raises `RequestError` naming the field
+    that cannot be used.
     """
 
     n: int = 1
@@ -44,6 +62,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 0
+    detokenize: bool = True
+    """False leaves the text of outputs empty."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -53,6 +73,7 @@ class SamplingParams:
         self._check_counts()
         self._check_numbers()
         _require(all(s for s in self.stop), "stop", self.stop, "stop strings must not be empty")
+        _require(self.detokenize or not self.stop, "detokenize", False, "stop strings need the text")
 
     def _check_counts(self) -> None:
         self._check_scoring()

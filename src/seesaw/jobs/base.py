@@ -139,6 +139,10 @@ class JobOptions:
     Created only if a row fails."""
     model: str
     """Name of the model, written into every answer."""
+    model_folder: Path | None = None
+    """Where the model lies, if that is not its name."""
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `SamplingParams` where a row leaves them open."""
     served_model_name: str | None = None
     """The name to write instead. Then rows may name no other model than these two."""
     prompt_column: str | None = None

@@ -23,8 +23,11 @@ _NO_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "priority"}
     | {"prompt_cache_key", "prompt_cache_retention", "cache_salt", "prediction", "stream_options"}
     | {"parallel_tool_calls"}
+    | {"session_id", "stream_interval", "include_reasoning", "truncation_side", "routed_experts_prompt_start"}
+    | {"media_io_kwargs", "mm_payload", "return_mm_kwargs", "return_token_offsets"}
 )
-"""About billing, tracing and caching; or about the pace of an answer, not its content."""
+"""About billing, tracing and caching; about the pace of an answer, not its content; or about what is refused by
+another name (of vLLM's fields)."""
 
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "stream": (False,),
@@ -53,6 +56,16 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True,),
     "add_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_prompt_text": (False,),
+    "logprob_token_ids": ([],),
+    "thinking_token_budget": (-1,),
+    "repetition_detection": (),
+    "watermarking": (False,),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": ({},),
+    "ec_transfer_params": ({},),
     "chat_template": (),
     "documents": ([],),
     "mm_processor_kwargs": ({},),
@@ -61,8 +74,13 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
 }
 """Fields that would change the answer, with the values at which they do not."""
+
+_UNSUPPORTED_IN_CHATS: dict[str, tuple[object, ...]] = {"add_special_tokens": (False,)}
+"""Where other values change nothing: a chat's special tokens are those of its template."""
 
 _TEMPLATE_RESERVED = frozenset(
     {"conversation", "tools", "documents", "chat_template", "tokenize", "padding", "truncation", "max_length"}
@@ -103,7 +121,7 @@ def read_fields(endpoint: Endpoint, settings: dict[str, Any], *, plain: bool = F
             if value is not None:
                 readers[name](fields, name, value)
         elif name in _UNSUPPORTED:
-            _check_unsupported(name, value)
+            _check_unsupported(endpoint, name, value)
         else:
             raise _unknown(endpoint, name, plain)
     if endpoint is Endpoint.CHAT:
@@ -136,8 +154,10 @@ def bad_value(name: str, value: object, wanted: str) -> RequestError:
     return RequestError(f"{name}={shown(value)}: {wanted}", code="invalid_value", param=name)
 
 
-def _check_unsupported(name: str, value: object) -> None:
+def _check_unsupported(endpoint: Endpoint, name: str, value: object) -> None:
     neutral = _UNSUPPORTED[name]
+    if endpoint is Endpoint.CHAT:
+        neutral = _UNSUPPORTED_IN_CHATS.get(name, neutral)
     # True == 1 in Python, but not in JSON.
     if value is None or any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral):
         return
@@ -249,7 +269,7 @@ def _join_chat_logprobs(fields: BodyFields) -> None:
     """Chat says `logprobs: true` and, beside it, how many alternatives."""
     wanted = fields.sampling.pop("logprobs", False)
     top = fields.sampling.pop("top_logprobs", None)
-    if top is not None and not wanted:
+    if top and not wanted:
         raise bad_value("top_logprobs", top, "needs logprobs=true")
     if top is not None and not 0 <= top <= 20:
         raise bad_value("top_logprobs", top, "must be from 0 to 20")

@@ -49,7 +49,7 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
 def take_fingerprint(options: JobOptions) -> Fingerprint:
     """The fingerprint of a job. Raises `JobError` if an input cannot be read."""
     return Fingerprint(
-        model=tuple(_model_marks(Path(options.model))),
+        model=tuple(_model_marks(options.model_folder or Path(options.model))),
         inputs=tuple(_input_mark(path) for path in options.inputs),
         settings={
             "model": os.path.normpath(options.model),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -97,8 +98,16 @@ class _Settings(msgspec.Struct, frozen=True, gc=False):
 class RequestMaker:
     """Makes the requests of one job."""
 
-    def __init__(self, encoder: Encoder | None, max_model_len: int, names: ModelNames) -> None:
+    def __init__(
+        self,
+        encoder: Encoder | None,
+        max_model_len: int,
+        names: ModelNames,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`defaults` are arguments of `SamplingParams` where a row leaves them open."""
         self._encoder, self._longest, self._names = encoder, max_model_len, names
+        self._defaults = dict(defaults or {})
         self._settings: dict[object, _Settings] = {}
         """By what they are made of: most rows of a job have the same."""
 
@@ -110,7 +119,8 @@ class RequestMaker:
     def draft(self, row: Row) -> Draft:
         """All of `make` but the tokenising: cheap, and to be called in the order of the rows. Raises `RequestError`.
 
-        `max_tokens` is 16 where a completion does not set it, and what the context leaves for a chat.
+        `max_tokens` is 16 where a completion does not set it; of a chat it is what the job has for a default, or
+        what the context leaves.
         """
         # Sampling is checked before the prompt, whoever encodes that: a row has the same error either way.
         settings = self._known_settings(row)
@@ -155,8 +165,9 @@ class RequestMaker:
         fields = read_fields(row.endpoint, given, plain=row.plain)
         if fields.model is not None:
             self._names.check(fields.model)
-        default = self._longest if row.endpoint is Endpoint.CHAT else _DEFAULT_MAX_TOKENS
-        sampling = SamplingParams(**{"max_tokens": default, **fields.sampling})
+        longest = self._defaults.get("max_tokens", self._longest)
+        longest = longest if row.endpoint is Endpoint.CHAT else _DEFAULT_MAX_TOKENS
+        sampling = SamplingParams(**(self._defaults | {"max_tokens": longest} | fields.sampling))
         return _Settings(sampling, fields.template, fields.model)
 
     def _need_encoder(self, param: str) -> Encoder:

@@ -234,7 +234,9 @@ class _Run:
     def _requests(self) -> Iterator[Request]:
         """The requests of all rows that are not done. Here rows become requests."""
         names = ModelNames(self.options.model, self.options.served_model_name)
-        maker = RequestMaker(self.engine.tokenizer, self.engine.max_model_len, names)
+        maker = RequestMaker(
+            self.engine.tokenizer, self.engine.max_model_len, names, self.options.sampling_defaults
+        )
         pool = encoder_pool(self.engine.tokenizer, spare_processes(self.engine.busy_cores))
         with EncodedRows(self._undone(maker, pool), maker, pool) as self._encoded:
             for item in self._encoded:
