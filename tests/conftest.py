@@ -11,3 +11,4 @@ def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["SEESAW_PROFILE"] = os.devnull + "/none"  # what this machine was measured at decides no test
+    os.environ["SEESAW_DEVICE"] = "cpu"  # tests that want a GPU say so

@@ -1,7 +1,7 @@
 """`Auto`: chooses the plan of `plan="auto"` by the job's first rows, and again when lengths turn out otherwise.
 
-The planner (`planning.search`) needs a profile of this node (`seesaw profile`). Without one the fixed rule of
-`deployment` stands, and there is no `Auto`.
+The planner (`planning.search`) needs the figures of this node, by its profile (`seesaw profile`) or, of GPUs, by the
+catalogue. Without them the fixed rule of `deployment` stands, and there is no `Auto`.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def auto_for(deployment: Deployment) -> Auto | None:
     """What chooses the plan of `deployment` before its ranks start; None if the plan was given or stays by rule."""
     if deployment.options.plan != "auto":
         return None
-    reason = deployment.measured
+    reason = deployment.hardware
     if deployment.plan.world == 1:
         reason = "one rank leaves little to choose"
     if isinstance(reason, str):
         hint = "" if deployment.plan.world == 1 else "; `seesaw profile` lets the planner choose"
         logger.info("plan auto: %s by rule, since %s%s", deployment.plan, reason, hint)
         return None
-    assert isinstance(deployment.measured, HardwareSpec)
-    return Auto(deployment, deployment.measured)
+    assert isinstance(deployment.hardware, HardwareSpec)
+    return Auto(deployment, deployment.hardware)
 
 
 @dataclass(slots=True)

@@ -6,8 +6,6 @@ Everything here happens before any worker exists, so every refusal is one senten
 from __future__ import annotations
 
 import logging
-import os
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,22 +14,21 @@ from typing import Literal, cast, get_args
 
 import msgspec
 
+from seesaw.budgets import budgets, default_ranks
 from seesaw.core.devices import device_kind
 from seesaw.core.errors import ConfigError, LayoutError, ModelError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout, Plan
 from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec
 from seesaw.core.node import Place, load_node, places_on_cores
-from seesaw.core.units import format_bytes, parse_bytes
-from seesaw.device.gpus import Gpu, require_cuda_build, visible_gpus
+from seesaw.device.gpus import Gpu, choose_kind, require_cuda_build, visible_gpus
 from seesaw.models.hf_config import load_spec
-from seesaw.planning.at_hand import nominal_turn_costs, profile_at_hand
+from seesaw.planning.at_hand import node_at_hand, nominal_turn_costs
 from seesaw.planning.device_costs import DeviceCosts, costs_of
 from seesaw.planning.memory import MemoryPlan, TransitionMode
 from seesaw.planning.setup import Limits, Setup, set_up
 from seesaw.planning.shapes import stored_as
 from seesaw.preflight.gate import Mode as PreflightMode
-from seesaw.preflight.system import available_memory
 from seesaw.recording.trace import check_trace
 from seesaw.scheduling.config import SchedulerConfig
 from seesaw.weights.sharding import Sharding, check_layout
@@ -44,11 +41,6 @@ _UNPROVEN = (
 )
 MAX_RUNNING = 256
 """Where nothing is said and nothing is searched for."""
-GPU_SHARE = 0.95
-"""Of a GPU's free memory that its ranks take, unless asked otherwise; the plan counts what CUDA takes of it. The rest
-is for what others do there, and for what drivers take beyond their documentation."""
-GPU_HOST_KV = 32 << 30
-"""Bytes of the host buffer for each rank on a GPU, at most, where a node has that much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +50,11 @@ class Options:
     model: str
     """A directory with `config.json` and safetensors files."""
     plan: str = "auto"
-    """Such as `P4->T4` or `T4`; `auto` plans by the first rows where the node has a profile, else by rule."""
+    """Such as `P4->T4` or `T4`; `auto` plans by the first rows where the figures of the node are known, by its
+    profile or the catalogue, else by rule."""
     ranks: int | None = None
-    device: str = "cpu"
-    """What a rank computes on: `cpu`, or `cuda` for NVIDIA GPUs."""
+    device: str = "auto"
+    """What a rank computes on: `cpu`, or `cuda` for NVIDIA GPUs; `auto` is `cuda` where there are such."""
     ranks_per_gpu: int = 1
     """Ranks that share a GPU, for trying plans out: rank r computes on the (r // ranks_per_gpu)th visible one."""
     device_memory: int | str | None = None
@@ -112,8 +105,8 @@ class Deployment:
     host_kv: int
     places: tuple[Place, ...]
     """Where each rank runs."""
-    measured: HardwareSpec | str
-    """The node by its profile, or why there is none to go by."""
+    hardware: HardwareSpec | str
+    """The figures of the node, by its profile or the catalogue, or why there are none to go by."""
 
     @property
     def own_transport(self) -> Literal["nccl"] | None:
@@ -154,6 +147,7 @@ class Deployment:
 
 def resolve(options: Options) -> Deployment:
     """Choose what was left open and check everything. Raises a `ConfigError`."""
+    options = replace(options, device=choose_kind(options.device))
     _check_choices(options)
     gpus = find_gpus(options)
     spec = load_spec(options.model)
@@ -164,20 +158,20 @@ def resolve(options: Options) -> Deployment:
     places = _places(options, plan)
     check_devices(places, gpus)
     dtype = _choose_dtype(options, spec)
-    device_memory, host_kv = _budgets(options, plan, places, gpus)
-    measured = profile_at_hand(plan.world, options.device, dtype)
+    device_memory, host_kv = budgets(options, plan, places, gpus)
+    hardware = node_at_hand(plan.world, options.device, dtype, [gpu.name for gpu in gpus])
     model = stored_as(spec, dtype, Path(options.model).resolve().name)
     setup = set_up(model, plan, dtype, limits_of(options, device_memory, host_kv))
     if options.max_model_len is None and setup.memory.max_model_len < spec.max_position:
         logger.info("max_model_len is %d, what the memory budgets leave room for", setup.memory.max_model_len)
     return Deployment(
         options=options,
-        setup=_with_costs(setup, measured),
+        setup=_with_costs(setup, hardware),
         dummy=dummy,
         device_memory=device_memory,
         host_kv=host_kv,
         places=places,
-        measured=measured,
+        hardware=hardware,
     )
 
 
@@ -205,11 +199,11 @@ def device_costs(options: Options) -> DeviceCosts:
     return costs_of(options.device, collectives=talk)
 
 
-def _with_costs(setup: Setup, measured: HardwareSpec | str) -> Setup:
+def _with_costs(setup: Setup, hardware: HardwareSpec | str) -> Setup:
     """With what turning back to prefill costs on this node, where that is known."""
-    if isinstance(measured, str) or not setup.plan.separate:
+    if isinstance(hardware, str) or not setup.plan.separate:
         return setup
-    costs = nominal_turn_costs(setup, measured)
+    costs = nominal_turn_costs(setup, hardware)
     return replace(setup, scheduler=replace(setup.scheduler, turn_costs=costs))
 
 
@@ -288,13 +282,6 @@ def find_gpus(options: Options) -> Sequence[Gpu]:
     return visible_gpus()
 
 
-def default_ranks(options: Options, gpus: Sequence[Gpu]) -> int:
-    """As many as are asked for, or as the GPUs take; on the host, up to eight of its cores."""
-    if options.ranks is not None:
-        return options.ranks
-    return len(gpus) * options.ranks_per_gpu if gpus else min(8, len(os.sched_getaffinity(0)))
-
-
 def check_devices(places: Sequence[Place], gpus: Sequence[Gpu]) -> None:
     """Raise `ConfigError` if a rank's GPU is not among the visible ones."""
     needed = 1 + max((place.device for place in places if place.device is not None), default=-1)
@@ -361,42 +348,3 @@ def _choose_dtype(options: Options, spec: ModelSpec) -> DType:
         )
         return "bfloat16"
     return spec.dtype
-
-
-def _budgets(options: Options, plan: Plan, places: Sequence[Place], gpus: Sequence[Gpu]) -> tuple[int, int]:
-    """Bytes per rank and of the host buffer. Left open, they are shares of the memory that is free now."""
-    free = available_memory()
-    if gpus:
-        return gpu_budget(options, places, gpus), _gpu_host_kv(options, plan, free)
-    default_host = min(free // 4, 32 << 30) if plan.separate else min(free // 10, 4 << 30)
-    host_kv = default_host if options.host_kv is None else parse_bytes(options.host_kv)
-    if options.device_memory is not None:
-        return parse_bytes(options.device_memory), host_kv
-    return max(int(free * 0.7 - host_kv) // plan.world, 1), host_kv
-
-
-def gpu_budget(options: Options, places: Sequence[Place], gpus: Sequence[Gpu]) -> int:
-    """Bytes of each rank: its share of the GPU that has least free for each of its ranks.
-
-    Raises `ConfigError` if what was asked for is not free.
-    """
-    sharing = Counter(place.device for place in places if place.device is not None)
-    tightest = min(sharing, key=lambda number: gpus[number].free // sharing[number])
-    gpu, ranks = gpus[tightest], sharing[tightest]
-    if options.device_memory is None:
-        return max(int(gpu.free * GPU_SHARE) // ranks, 1)
-    asked = parse_bytes(options.device_memory)
-    if asked * ranks > gpu.free:
-        each = "" if ranks == 1 else f" for each of its {ranks} ranks"
-        raise ConfigError(
-            f"device_memory {format_bytes(asked)}{each}: of {format_bytes(gpu.total)} on GPU {tightest} "
-            f"({gpu.name}), {format_bytes(gpu.free)} are free; ask for at most {format_bytes(gpu.free // ranks)}"
-        )
-    return asked
-
-
-def _gpu_host_kv(options: Options, plan: Plan, free: int) -> int:
-    """Bytes of the host buffer beside ranks on GPUs, which have no part in the host's memory otherwise."""
-    if options.host_kv is not None:
-        return parse_bytes(options.host_kv)
-    return min(free // 2, GPU_HOST_KV * plan.world) if plan.separate else min(free // 10, 4 << 30)

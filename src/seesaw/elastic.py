@@ -33,7 +33,7 @@ def without(deployment: Deployment, error: WorkerError, *, longest: int) -> Depl
     for tokens in (before, longest) if by_memory else (before,):
         wanted = replace(room, max_running=deployment.scheduler.max_running, max_model_len=tokens)
         for ranks in range(len(places), 0, -1):
-            left = replace(deployment, places=places[:ranks], measured="ranks were lost")
+            left = replace(deployment, places=places[:ranks], hardware="ranks were lost")
             for plan in plans(ranks, separate=deployment.plan.separate):
                 with suppress(ConfigError):
                     found = redeploy(left, plan, wanted)

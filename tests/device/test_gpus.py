@@ -13,7 +13,7 @@ import torch
 
 from seesaw.core.errors import ConfigError
 from seesaw.device import gpus
-from seesaw.device.gpus import Gpu, require_cuda_build, visible_gpus
+from seesaw.device.gpus import Gpu, choose_kind, require_cuda_build, visible_gpus
 
 GIB = 1 << 30
 UUIDS = ("GPU-aaaa1111-0", "GPU-aaaa2222-1", "GPU-bbbb3333-2")
@@ -167,3 +167,36 @@ def test_a_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         require_cuda_build()
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     require_cuda_build()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEESAW_DEVICE", raising=False)
+    monkeypatch.setattr(gpus, "has_driver", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+
+
+def test_the_device_is_a_gpu_where_there_are_some(
+    driver: None, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (choose_kind("auto"), choose_kind("cpu"), choose_kind("cuda")) == ("cuda", "cpu", "cuda")
+    monkeypatch.setenv("SEESAW_DEVICE", "cpu")
+    assert (choose_kind("auto"), choose_kind("cuda")) == ("cpu", "cuda")
+    monkeypatch.setenv("SEESAW_DEVICE", "tpu")
+    with pytest.raises(ConfigError, match="device 'tpu': 'cpu' and 'cuda' are supported"):
+        choose_kind("auto")
+
+
+def test_without_a_driver_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEESAW_DEVICE", raising=False)
+    monkeypatch.setattr(gpus, "_DRIVERS", ("/nowhere",))
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: pytest.fail("asked"))
+    assert choose_kind("auto") == "cpu"
+
+
+def test_gpus_that_cannot_be_used_leave_the_cpu_and_a_warning(
+    driver: None, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert choose_kind("auto") == "cpu"
+    assert "built without CUDA" in caplog.text and "on the CPU" in caplog.text

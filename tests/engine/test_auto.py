@@ -135,7 +135,7 @@ def test_a_profile_of_another_machine_or_none_or_a_broken_one(
     model: Path, measured: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def why() -> object:
-        return resolve(Options(model=str(model), **(SMALL | {"ranks": 2}))).measured
+        return resolve(Options(model=str(model), **(SMALL | {"ranks": 2}))).hardware
 
     assert "there is no profile at" in str(why())
     path = measured()

@@ -10,9 +10,11 @@ import pytest
 from seesaw import launch
 from seesaw.core.devices import CPU, CUDA, device_kind, kind_of
 from seesaw.core.errors import ConfigError, WorkerError
+from seesaw.core.hardware import HardwareSpec
 from seesaw.deployment import Deployment, Options, device_costs, resolve
 from seesaw.device.gpus import Gpu
 from seesaw.elastic import without
+from seesaw.inventory import take_inventory
 
 GIB = 1 << 30
 
@@ -24,7 +26,7 @@ def asked(
     gpus = [Gpu("L4", 24 * GIB, size * GIB) for size in free]
     monkeypatch.setattr("seesaw.deployment.require_cuda_build", lambda: None)
     monkeypatch.setattr("seesaw.deployment.visible_gpus", lambda: gpus)
-    monkeypatch.setattr("seesaw.deployment.available_memory", lambda: 100 * GIB)
+    monkeypatch.setattr("seesaw.budgets.available_memory", lambda: 100 * GIB)
     given: dict[str, Any] = {"host_kv": "8MiB", "load_format": "dummy", "device": "cuda"}
     return resolve(Options(model=str(model), **given | more))
 
@@ -128,3 +130,31 @@ def test_a_node_file_names_devices(model: Path, monkeypatch: pytest.MonkeyPatch,
     node.write_text('{"ranks": [{"device": 1}, {"device": -2}]}')
     with pytest.raises(ConfigError, match="devices are numbered from 0"):
         asked(model, monkeypatch, plan="T2", node=str(node))
+
+
+def test_the_planner_has_the_catalogue_where_there_is_no_profile(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SEESAW_PROFILE", str(tmp_path / "none.json"))
+    found = asked(model, monkeypatch, dtype="bfloat16").hardware
+    assert isinstance(found, HardwareSpec) and (found.name, found.ranks) == ("L4", 2)
+    shared = asked(model, monkeypatch, dtype="bfloat16", ranks_per_gpu=2).hardware
+    assert "there is no profile" in str(shared)  # the catalogue knows whole devices
+
+
+def test_what_a_node_has_and_gives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SEESAW_PROFILE", str(tmp_path / "none.json"))
+    monkeypatch.setattr("seesaw.inventory.has_driver", lambda: False)
+    bare = take_inventory()
+    assert bare.gpus == () and "no NVIDIA driver" in bare.no_gpus and bare.taken.device == "cpu"
+    assert bare.taken.ranks * bare.taken.device_memory + bare.taken.host_kv <= bare.free_memory * 1.2
+    gpus = [Gpu("NVIDIA L4", 24 * GIB, size * GIB) for size in (20, 16)]
+    monkeypatch.setattr("seesaw.inventory.has_driver", lambda: True)
+    monkeypatch.setattr("seesaw.inventory.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("seesaw.inventory.require_cuda_build", lambda: None)
+    monkeypatch.setattr("seesaw.inventory.choose_kind", lambda device: "cuda")
+    found = take_inventory()
+    assert [gpu.catalogue for gpu in found.gpus] == ["L4", "L4"] and found.no_gpus == ""
+    assert (found.taken.device, found.taken.ranks) == ("cuda", 2)
+    assert found.taken.device_memory == int(16 * GIB * 0.95)
+    assert "catalogue's figures of L4" in found.taken.planner

@@ -11,6 +11,7 @@ import pytest
 
 from seesaw.core.errors import ConfigError
 from seesaw.core.hardware import Curve, HardwareSpec
+from seesaw.planning.at_hand import visible_node
 from seesaw.planning.catalogue import hardware, names
 from seesaw.planning.catalogue.data import devices, fits, links
 
@@ -62,6 +63,30 @@ def test_every_figure_has_a_source(name: str) -> None:
 def test_names_people_write(text: str, name: str, ranks: int) -> None:
     spec = hardware(text)
     assert (spec.name, spec.ranks) == (name, ranks)
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40G-SXM"),
+        ("NVIDIA A100 80GB PCIe", "A100-80G-PCIe"),
+        ("NVIDIA H100 80GB HBM3", "H100-SXM"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"),
+    ],
+)
+def test_names_drivers_give(driver: str, name: str) -> None:
+    found = visible_node([driver] * 4)
+    assert isinstance(found, HardwareSpec) and (found.name, found.ranks) == (name, 4)
+
+
+def test_gpus_without_figures() -> None:
+    assert "GPU 'Tesla T4' is not in the catalogue; near it: L4" in str(visible_node(["Tesla T4"]))
+    assert "several models (NVIDIA L4, NVIDIA A10)" in str(visible_node(["NVIDIA L4", "NVIDIA A10"]))
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_the_twin_predicts_the_run_as_it_was() -> None:
     [
         ({"state": "interrupted"}, "did not come to its end"),
         ({"plans": [(0.0, "T2"), (4.0, "P2->T2")]}, "the plan changed"),
-        ({"setup": None}, "no profile of the machine"),
+        ({"setup": None}, "no figures of the machine"),
     ],
 )
 def test_what_cannot_be_predicted(changes: dict[str, object], why: str) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from seesaw import __version__
 from seesaw.cli.bench import bench
+from seesaw.cli.devices import devices
 from seesaw.cli.plan import plan
 from seesaw.cli.plan_options import JsonCommand
 from seesaw.cli.profile import profile
@@ -25,10 +26,11 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("report")(report)
-app.command("bench")(bench)
-app.command("profile")(profile)
 app.command("plan", cls=JsonCommand)(plan)
 app.command("simulate", cls=JsonCommand)(simulate)
+app.command("devices")(devices)
+app.command("profile")(profile)
+app.command("bench")(bench)
 
 
 def _print_version(wanted: bool) -> None:

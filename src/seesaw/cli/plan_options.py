@@ -39,7 +39,7 @@ Hardware = Annotated[
     str | None,
     typer.Option(
         help="Node of the catalogue, such as 8xL4 or 4xA100-80G-PCIe, or a profile written by seesaw profile; by "
-        "default the profile of this box.",
+        "default the profile of this box, or its GPUs by the catalogue.",
         metavar="NODE_OR_FILE",
         rich_help_panel=_WHAT,
     ),

@@ -55,7 +55,7 @@ def run(
     served_model_name: opt.ServedModelName = None,
     plan: opt.PlanText = "auto",
     ranks: opt.Ranks = None,
-    device: opt.Device = "cpu",
+    device: opt.Device = "auto",
     ranks_per_gpu: opt.RanksPerGpu = 1,
     policy: opt.Policy = None,
     transition: opt.Transition = "auto",
@@ -87,7 +87,10 @@ def run(
 
     set_up_logging(debug=debug)
     with reported(debug=debug):
+        from seesaw.device.gpus import choose_kind
+
         engine_options = {name: given[name] for name in _OF_THE_ENGINE} | {
+            "device": choose_kind(device),
             "device_memory": _size("--device-memory", device_memory),
             "host_kv": _size("--host-kv", host_kv),
             "overlap": not sync_loop,

@@ -119,7 +119,7 @@ PlanText = Annotated[
     str,
     typer.Option(
         help="Layouts of prefill and decode, such as 'P4->T4', or one layout for both, such as T4; auto plans by "
-        "the first rows, given a profile of this node (seesaw profile).",
+        "the first rows, given a profile of this node (seesaw profile) or GPUs of the catalogue.",
         metavar="PLAN",
         rich_help_panel=_ENGINE,
     ),
@@ -130,7 +130,9 @@ Ranks = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="What ranks compute on: cpu, or cuda (NVIDIA GPUs).", metavar="KIND", rich_help_panel=_ENGINE
+        help="What ranks compute on: cuda (NVIDIA GPUs), or cpu; auto is cuda where there are GPUs.",
+        metavar="KIND",
+        rich_help_panel=_ENGINE,
     ),
 ]
 RanksPerGpu = Annotated[

@@ -96,15 +96,27 @@ def _node(text: str | None) -> tuple[HardwareSpec, Path | None]:
 
     if text is None:
         path = default_path()
-        if not path.exists():
-            raise ConfigError(
-                f"no --hardware given, and this box has no profile ({path}): measure it with `seesaw profile`, or "
-                "name a node of the catalogue, such as --hardware 8xL4"
-            )
-        return load_profile(path), path
+        return (load_profile(path), path) if path.exists() else (_visible_node(path), None)
     if text.lower().endswith(".json") or Path(text).is_file():
         return load_profile(Path(text)), Path(text)
     return hardware(text), None
+
+
+def _visible_node(path: Path) -> HardwareSpec:
+    """The GPUs of this box by the catalogue, where there is no profile at `path`. Raises `ConfigError`."""
+    from seesaw.device.gpus import choose_kind, visible_gpus
+    from seesaw.planning.at_hand import visible_node
+
+    why = "it has no GPUs"
+    if device_kind(choose_kind("auto")).numbered:
+        found = visible_node([gpu.name for gpu in visible_gpus()])
+        if not isinstance(found, str):
+            return found
+        why = found
+    raise ConfigError(
+        f"no --hardware given, this box has no profile ({path}), and {why}: measure it with `seesaw profile`, or "
+        "name a node of the catalogue, such as --hardware 8xL4"
+    )
 
 
 def _dtype(model: PlannedModel, node: HardwareSpec) -> DType:

@@ -15,16 +15,19 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from seesaw.core.devices import device_kind
+from seesaw.core.devices import CPU, CUDA, device_kind
 from seesaw.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 120.0
 """Seconds for a process that loads torch and opens every GPU."""
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
+"""Files of which a machine with NVIDIA GPUs has one: Linux, Windows' subsystem, boards with a GPU of their own."""
 _VISIBLE, _ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _ASK_TORCH = """
 import json, torch
@@ -62,6 +65,32 @@ def require_cuda_build() -> None:
         )
 
 
+def has_driver() -> bool:
+    """Whether this machine has a driver for NVIDIA GPUs, as far as a look at its device files tells."""
+    return any(Path(driver).exists() for driver in _DRIVERS)
+
+
+def choose_kind(device: str) -> str:
+    """The kind that `device` names; of `auto`, what `$SEESAW_DEVICE` names, else `cuda` where there are GPUs that can
+    be used, else `cpu`.
+
+    Raises `ConfigError` for a kind that does not exist.
+    """
+    if device == "auto":
+        device = os.environ.get("SEESAW_DEVICE") or device
+    if device != "auto":
+        return device_kind(device).name
+    if not has_driver():
+        return CPU.name
+    try:
+        visible_gpus()
+        require_cuda_build()
+    except ConfigError as error:
+        logger.warning("ranks compute on the CPU, since of %s", error)
+        return CPU.name
+    return CUDA.name
+
+
 def count_ranks(device: str, ranks_per_gpu: int) -> int:
     """Ranks that a device of this kind has unless asked otherwise: of its GPUs, or of the host's cores."""
     if device_kind(device).numbered:
@@ -78,7 +107,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
     try:
         nvml: ModuleType | None = importlib.import_module("pynvml")
     except ImportError:
-        logger.info("GPUs: torch is asked in a process of its own; pip install nvidia-ml-py makes this quick")
+        logger.info("GPUs: torch is asked in a process of its own, since the package nvidia-ml-py is missing")
         nvml = None
     gpus = _by_torch(environment) if nvml is None else _by_nvml(nvml, environment)
     if not gpus:

@@ -1,8 +1,9 @@
-"""The profile of the node at hand, if it is one to go by, and what follows from it for a plan that was given."""
+"""The figures of the node at hand, by its profile or the catalogue, and what follows from them for a given plan."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from seesaw.core.errors import ConfigError
@@ -17,7 +18,34 @@ _PROMPT, _OUTPUT = 512, 128
 """Tokens of a request, where the costs of turning are worked out before any is known: they hardly depend on it."""
 
 
-def profile_at_hand(ranks: int, device: str, dtype: str) -> HardwareSpec | str:
+def node_at_hand(ranks: int, device: str, dtype: str, gpus: Sequence[str] = ()) -> HardwareSpec | str:
+    """This machine with `ranks` ranks by its profile, or by the catalogue if each has one of `gpus`, the names of all
+    that are visible, as the driver gives them; or in a few words why there are no figures to go by."""
+    found = _by_profile(ranks, device, dtype)
+    if isinstance(found, HardwareSpec) or not gpus or ranks > len(gpus):
+        return found
+    listed = _by_catalogue(ranks, gpus)
+    return f"{found}, and {listed}" if isinstance(listed, str) else listed
+
+
+def visible_node(gpus: Sequence[str]) -> HardwareSpec | str:
+    """The node of all these GPUs by the catalogue, or why it has no figures for it."""
+    return _by_catalogue(len(gpus), gpus)
+
+
+def _by_catalogue(ranks: int, gpus: Sequence[str]) -> HardwareSpec | str:
+    from seesaw.planning.catalogue import hardware
+
+    models = list(dict.fromkeys(gpus))
+    if len(models) > 1:
+        return f"its GPUs are of several models ({', '.join(models)})"
+    try:
+        return hardware(f"{ranks}x{models[0]}")
+    except ConfigError as error:
+        return str(error)
+
+
+def _by_profile(ranks: int, device: str, dtype: str) -> HardwareSpec | str:
     """This machine with `ranks` ranks by its profile, or in a few words why there is none to go by."""
     try:
         path = default_path()

@@ -34,7 +34,7 @@ def new_run(command: dict[str, Any]) -> Run:
 
 def describe(deployment: Deployment) -> RunSetup:
     """What runs."""
-    scheduler, memory, measured = deployment.scheduler, deployment.memory, deployment.measured
+    scheduler, memory, hardware = deployment.scheduler, deployment.memory, deployment.hardware
     return RunSetup(
         model=Path(deployment.options.model).resolve().name,
         spec=deployment.spec,
@@ -52,6 +52,6 @@ def describe(deployment: Deployment) -> RunSetup:
         block_size=scheduler.block_size,
         transition=memory.mode,
         overlap=scheduler.overlap,
-        hardware=None if isinstance(measured, str) else measured,
-        no_hardware=measured if isinstance(measured, str) else "",
+        hardware=None if isinstance(hardware, str) else hardware,
+        no_hardware=hardware if isinstance(hardware, str) else "",
     )

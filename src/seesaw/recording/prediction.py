@@ -37,7 +37,7 @@ def predict(run: Run) -> Prediction | str:
     setup = run.setup
     sequences = sum(run.history.prompts.values())
     if setup is None or setup.hardware is None:
-        return "there was no profile of the machine to predict from"
+        return "there were no figures of the machine to predict from"
     if run.state != "finished":
         return "the run did not come to its end"
     if len({plan for _, plan in run.plans if plan != "auto"}) != 1:
