@@ -72,7 +72,9 @@ def relinked(markdown: str, source: str, site: dict[str, str]) -> str:
 
 def _title(path: str) -> str:
     """What a page is called: a path says nothing on a site."""
-    heading = re.search(r"^# (.+)$", (ROOT / path).read_text(), re.MULTILINE) if (ROOT / path).exists() else None
+    heading = (
+        re.search(r"^# (.+)$", (ROOT / path).read_text(), re.MULTILINE) if (ROOT / path).exists() else None
+    )
     return heading[1] if heading else posixpath.basename(path).removesuffix(".md").capitalize()
 
 

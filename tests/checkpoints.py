@@ -96,7 +96,7 @@ def make_checkpoint(
     settings = {**_COMMON, **FAMILIES[family], **overrides}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     auto: Any = AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config)
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     _randomise(model, seed)
     options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     module: Any = model
