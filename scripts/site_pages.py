@@ -1,7 +1,7 @@
 """Makes pages of the site from the Markdown that lies beside the code: README.md is its front page.
 
-A link to another page is turned to where the page is on the site; one to a file that is no page (a script, a folder) keeps its text alone.
-Links that point to nothing are left as they are, for the strict build to complain about.
+A link to another page is turned to where the page is on the site; one to a file that is no page (a script, a folder)
+keeps its text alone. Links that point to nothing are left as they are, for the strict build to complain about.
 """
 
 from __future__ import annotations

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from tests.release.markdown import ROOT
 
@@ -68,3 +71,8 @@ def succeeds(done: subprocess.CompletedProcess[str]) -> str:
     last = "\n".join(done.stdout.splitlines()[-60:])
     assert done.returncode == 0, f"exit code {done.returncode} after\n{last}"
     return done.stdout
+
+
+NEEDS_CLONE = pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs git and a checkout"
+)

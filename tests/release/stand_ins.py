@@ -1,4 +1,4 @@
-"""What stands in for a reader's own model, files and node, and where a command of the docs cannot run as it is written."""
+"""What stands in for a reader's own model, files and node where a command cannot run as it is written."""
 
 from __future__ import annotations
 

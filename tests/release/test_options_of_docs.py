@@ -1,4 +1,7 @@
-"""Commands in the Markdown name subcommands, options, targets and files that exist. What they do is walked by the slow test."""
+"""Commands in the Markdown name subcommands, options, targets and files that exist.
+
+The slow test walks them: `test_commands_of_docs`.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,10 @@ def test_marks_stand_before_blocks_of_commands() -> None:
 
 
 def test_commands_are_taken_apart() -> None:
-    text = "zcat a.gz | seesaw run --input - \\\n  --plan 'P4->T4'   # later\nuntil seesaw run -h; [ $? -ne 3 ]; do sleep 60; done\n"
+    text = (
+        "zcat a.gz | seesaw run --input - \\\n  --plan 'P4->T4'   # later\n"
+        "until seesaw run -h; [ $? -ne 3 ]; do sleep 60; done\n"
+    )
     assert invocations(text) == [
         *(["zcat", "a.gz"], ["seesaw", "run", "--input", "-", "--plan", "P4->T4"], ["seesaw", "run", "-h"]),
         *(["$?", "-ne", "3", "]"], ["sleep", "60"]),
