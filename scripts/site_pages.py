@@ -11,8 +11,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mkdocs.structure.files import File
-
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
@@ -39,6 +37,8 @@ def _on_site(path: str) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
+    from mkdocs.structure.files import File  # here, so that the suite needs no mkdocs
+
     for source, page in pages_beside().items():
         text = (ROOT / source).read_text()
         files.append(File.generated(config, page, content=_fenced(text) if source == "LICENSE" else text))

@@ -92,7 +92,7 @@ def test_commands_stand_where_they_are_seen(page: Path) -> None:
 
 def test_marks_stand_before_blocks_of_commands() -> None:
     for page in pages():
-        marks = page.read_text().count("<!-- needs:")
+        marks = len(re.findall("^<!-- needs:", page.read_text(), re.MULTILINE))
         used = [block for block in blocks(page) if block.needs is not None]
         assert len(used) == marks, f"{page.name}: a mark is not on the line before a block"
 
