@@ -14,8 +14,8 @@ from seesaw.preflight.system import available_memory
 if TYPE_CHECKING:
     from seesaw.core.layout import Plan
     from seesaw.core.node import Place
-    from seesaw.deployment import Options
     from seesaw.device.gpus import Gpu
+    from seesaw.options import Options
 
 HOST_SHARE = 0.7
 """Of the free memory of a node of CPU ranks, for the ranks and the host buffer together."""

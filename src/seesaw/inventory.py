@@ -14,8 +14,8 @@ from seesaw.core.errors import ConfigError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Plan
 from seesaw.core.node import Place, places_on_cores
-from seesaw.deployment import Options
 from seesaw.device.gpus import Gpu, choose_kind, has_driver, require_cuda_build, visible_gpus
+from seesaw.options import Options
 from seesaw.planning.at_hand import node_at_hand, visible_node
 from seesaw.planning.profiles import default_path
 from seesaw.preflight.system import available_memory

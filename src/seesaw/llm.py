@@ -15,9 +15,10 @@ from seesaw.core.errors import ConfigError, RequestError
 from seesaw.core.request import Request, RequestOutput
 from seesaw.core.sampling import SamplingParams
 from seesaw.core.stats import EngineStats
-from seesaw.deployment import Deployment, Options, resolve
+from seesaw.deployment import Deployment, resolve
 from seesaw.engine import Engine
 from seesaw.launch import LocalNode
+from seesaw.options import Options
 from seesaw.preflight.gate import check_plan
 from seesaw.recording.bounded import History
 from seesaw.recording.trace import TraceWriter
@@ -36,7 +37,7 @@ class LLM:
             for output in llm.generate(["Hello"], SamplingParams(temperature=0, max_tokens=20)):
                 print(output.outputs[0].text)
 
-    Arguments are those of `seesaw.deployment.Options`, and `tokenizer`: a path if it is not the model's own,
+    Arguments are those of `seesaw.options.Options`, and `tokenizer`: a path if it is not the model's own,
     False for none (prompts are token ids then). Raises a `ConfigError` before any worker starts if they cannot
     be used, `StartupError` or `WorkerError` if the workers do not come up.
 

@@ -45,6 +45,13 @@ def test_plans_with_options(text: str, options: dict[str, object]) -> None:
     assert contestant.kind == "seesaw"
 
 
+def test_the_planner_may_choose() -> None:
+    asked, own = parse_contestants("auto@ranks=4,policy=seesaw auto")
+    assert asked.planned and asked.plan is None and asked.world == 4 and group(asked) == "auto"
+    assert asked.options == {"plan": "auto", "ranks": 4, "policy": "seesaw"}
+    assert own.world >= 1 and not parse_contestants("T2")[0].planned
+
+
 def test_vllm_stands_for_its_layouts(python: Path) -> None:
     found = parse_contestants("T2 vllm@dtype=float32 vllm:TP4", python)
     assert [one.name for one in found] == [

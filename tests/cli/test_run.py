@@ -104,7 +104,7 @@ def test_options_are_those_of_the_engine() -> None:
     """No name that the engine does not know, and its defaults where the command has its own."""
     import inspect
 
-    from seesaw.deployment import Options
+    from seesaw.options import Options
 
     ours = inspect.signature(run.run).parameters
     theirs = Options.__dataclass_fields__

@@ -13,7 +13,8 @@ from seesaw.auto import FIRST_ROWS, Auto, auto_for
 from seesaw.core.actions import DECODE
 from seesaw.core.errors import ConfigError, LayoutError, ModelError
 from seesaw.core.hardware import HardwareSpec
-from seesaw.deployment import Deployment, Options, resolve
+from seesaw.deployment import Deployment, resolve
+from seesaw.options import Options
 from seesaw.rows import Counted, Rows
 from seesaw.scheduling.policies import create_policy
 from seesaw.scheduling.scheduler import Scheduler

@@ -11,10 +11,11 @@ from seesaw import launch
 from seesaw.core.devices import CPU, CUDA, device_kind, kind_of
 from seesaw.core.errors import ConfigError, WorkerError
 from seesaw.core.hardware import HardwareSpec
-from seesaw.deployment import Deployment, Options, device_costs, resolve
+from seesaw.deployment import Deployment, device_costs, resolve
 from seesaw.device.gpus import Gpu
 from seesaw.elastic import without
 from seesaw.inventory import take_inventory
+from seesaw.options import Options
 
 GIB = 1 << 30
 

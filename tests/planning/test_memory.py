@@ -10,7 +10,8 @@ import pytest
 
 from seesaw.core.errors import ConfigError, LayoutError, MemoryBudgetError, ModelError
 from seesaw.core.layout import Plan
-from seesaw.deployment import Options, resolve
+from seesaw.deployment import resolve
+from seesaw.options import Options
 from tests.checkpoints import make_checkpoint
 
 

@@ -201,7 +201,8 @@ def test_more_ranks_of_a_stage_never_leave_fewer_blocks(spec: ModelSpec, data: s
     for tp in range(1, 9):
         layout = Layout(pp=pp, tp=tp)
         if layout in usable(spec, layout.world, moe):
-            found = estimate_memory(model, layout, layout, "bfloat16", limits(max_model_len=None))
+            budget = limits(max_model_len=None).budget(layout, separate=False)
+            found = estimate_memory(model, layout, layout, "bfloat16", budget)
             assert not isinstance(found, str)
             blocks.append(found[1])
     assert blocks == sorted(blocks)
@@ -214,7 +215,8 @@ def test_more_ranks_of_a_stage_never_leave_fewer_blocks(spec: ModelSpec, data: s
 def test_estimates_are_exact_on_small_nodes(name: str, weights: str | None, gib: int) -> None:
     model, asked = shape(name, weights=weights), limits(device_memory=gib << 30, host_kv=64 << 30, chunk=512)
     for prefill, decode in itertools.product(layouts(4), repeat=2):
-        found = estimate_memory(model, prefill, decode, "bfloat16", asked)
+        budget = asked.budget(prefill, separate=prefill != decode)
+        found = estimate_memory(model, prefill, decode, "bfloat16", budget)
         try:
             memory = set_up(
                 model, Plan(prefill, decode, separate=prefill != decode), "bfloat16", asked
@@ -246,7 +248,8 @@ def test_estimates_are_never_optimistic_on_large_ones(name: str, ranks: int, gib
     shares = []
     for prefill, decode in list(itertools.product(layouts(ranks), repeat=2))[::3]:
         try:
-            found = estimate_memory(model, prefill, decode, "bfloat16", asked)
+            budget = asked.budget(prefill, separate=prefill != decode)
+            found = estimate_memory(model, prefill, decode, "bfloat16", budget)
             memory = set_up(model, Plan(prefill, decode, separate=True), "bfloat16", asked).memory
         except LayoutError:
             continue

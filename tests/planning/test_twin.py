@@ -21,10 +21,11 @@ from seesaw.core.hardware import Curve
 from seesaw.core.layout import Plan
 from seesaw.core.request import Request
 from seesaw.core.sampling import SamplingParams
-from seesaw.deployment import Deployment, Options, resolve
+from seesaw.deployment import Deployment, resolve
 from seesaw.engine import Engine
 from seesaw.execution.base import Executor
 from seesaw.launch import start_local
+from seesaw.options import Options
 from seesaw.planning.setup import Limits, Setup, set_up
 from seesaw.planning.shapes import PlannedModel
 from seesaw.planning.simulated import Moves, SimulatedExecutor

@@ -13,7 +13,8 @@ from seesaw.core.model_spec import ModelSpec, RopeSpec
 from seesaw.core.node import Place
 from seesaw.core.request import Request
 from seesaw.core.sampling import SamplingParams
-from seesaw.deployment import Deployment, Options
+from seesaw.deployment import Deployment
+from seesaw.options import Options
 from seesaw.planning.setup import Limits, Setup, set_up
 from seesaw.planning.shapes import PlannedModel
 from seesaw.scheduling.config import TurnCosts

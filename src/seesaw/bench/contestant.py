@@ -11,11 +11,13 @@ from typing import Any
 
 from seesaw.bench import contestants
 from seesaw.bench.workloads import Workload
+from seesaw.budgets import default_ranks
 from seesaw.core.errors import ConfigError
 from seesaw.core.layout import Plan
 from seesaw.core.model_spec import DTYPE_BYTES, ModelSpec
 from seesaw.core.units import parse_bytes
-from seesaw.deployment import Deployment, Options, resolve
+from seesaw.deployment import Deployment, resolve
+from seesaw.options import Options
 
 PEERS = ("TP1", "TP2", "PP2")
 """Layouts that `vllm` alone stands for: all that two cores have."""
@@ -39,6 +41,8 @@ _BLOCK = 128
 """Tokens to which a sequence's KV is rounded up: the largest block of any engine."""
 _SLACK = 1 << 29
 """Bytes beyond weights and KV that a rank gets where nothing is said: for activations and logits."""
+_AUTO = "auto"
+"""Stands for the plan that the planner chooses by the workload."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +58,19 @@ class Contestant:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of a Seesaw contestant."""
-        return Plan.parse(self.options["plan"]) if self.kind == "seesaw" else None
+        """The plan of a Seesaw contestant, unless it is left to the planner."""
+        return Plan.parse(self.options["plan"]) if self.kind == "seesaw" and not self.planned else None
+
+    @property
+    def planned(self) -> bool:
+        """Whether the planner chooses the plan, when the workload is known."""
+        return self.options.get("plan") == _AUTO
 
     @property
     def world(self) -> int:
         """Number of ranks."""
+        if self.planned:
+            return int(self.options["ranks"])
         plan = self.plan
         return plan.world if plan else int(self.options.get("layout", "TP1")[2:])
 
@@ -72,6 +83,7 @@ class Contestant:
 def parse_contestants(text: str, vllm_python: Path | None = None) -> list[Contestant]:
     """Contestants separated by spaces: `PLAN[:POLICY][@option=value,…]` or `vllm[:LAYOUT][@option=value,…]`.
 
+    The plan `auto` (`auto@ranks=2`; by default as many ranks as an engine takes) is left to the planner.
     `vllm` alone is one contestant per layout of `PEERS`. Raises `ConfigError`.
     """
     found: list[Contestant] = []
@@ -95,10 +107,13 @@ def parse_contestant(text: str, vllm_python: Path | None = None) -> Contestant:
     if policy:
         options["policy"] = policy
     _check_names(text, options, _SEESAW_OPTIONS)
-    parsed = Plan.parse(plan)
+    if plan == _AUTO:
+        options.setdefault("ranks", default_ranks(Options(model=""), ()))
+    else:
+        plan = str(Plan.parse(plan))
     command = (sys.executable, "-m", "seesaw.bench.contestants.seesaw_engine")
     return Contestant(
-        name=text.replace("→", "->"), kind="seesaw", command=command, options={"plan": str(parsed), **options}
+        name=text.replace("→", "->"), kind="seesaw", command=command, options={"plan": plan, **options}
     )
 
 

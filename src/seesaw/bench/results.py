@@ -104,7 +104,10 @@ class WorkloadResult:
 
 
 def group(contestant: Contestant) -> str:
-    """`resharded` or `static` for plans of Seesaw (`static` has one layout for both phases), else its kind."""
+    """`resharded` or `static` for plans of Seesaw (`static` has one layout for both phases), `auto` where the planner
+    chooses, else its kind."""
+    if contestant.planned:
+        return "auto"
     plan = contestant.plan
     if plan is None:
         return contestant.kind
@@ -132,9 +135,16 @@ def median(values: Iterable[float]) -> float | None:
 
 def comparisons(result: WorkloadResult) -> list[tuple[str, Entry, Entry, float]]:
     """The ratios that are asked for again and again: (what, entry, over which, ratio of medians)."""
+    planned = result.best("auto")
+    chosen = "" if planned is None else planned.about.get("plan", "")
     pairs = [
         ("best Seesaw over best vLLM", result.best("resharded", "static"), result.best("vllm")),
         ("best re-sharded over best static plan", result.best("resharded"), result.best("static")),
+        (
+            f"plan auto, which took {chosen}, over the best plan named",
+            planned,
+            result.best("resharded", "static"),
+        ),
     ]
     found = []
     for what, entry, reference in pairs:

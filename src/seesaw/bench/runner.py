@@ -18,6 +18,7 @@ from seesaw.bench.process import ContestantError, Guard, JsonProcess
 from seesaw.bench.profiles import read_profiles
 from seesaw.bench.results import Entry, Run, WorkloadResult
 from seesaw.bench.workloads import Workload
+from seesaw.core.layout import Plan
 from seesaw.core.model_spec import ModelSpec
 from seesaw.core.node import Place
 
@@ -164,6 +165,7 @@ class Bench:
             if entry.name in live:
                 live.pop(entry.name).close(patience=1.0)
             return
+        entry.about |= answer["details"].pop("engine", {})  # the planner may have chosen since it was opened
         run = Run(
             round=number,
             seconds=answer["seconds"],
@@ -243,10 +245,10 @@ def _close_all(live: dict[str, JsonProcess]) -> None:
 
 def _limits(entry: Entry) -> dict[str, int]:
     """What bounds the batches of a Seesaw contestant, over all its replicas."""
-    plan, about = entry.contestant.plan, entry.about
-    if plan is None or "device_blocks" not in about:
+    about = entry.about
+    if "device_blocks" not in about:
         return {}
-    replicas = plan.decode.dp
+    replicas = Plan.parse(about["plan"]).decode.dp
     return {
         "batch_tokens": about["chunk"],
         "capacity": about["device_blocks"][1] * about["block_size"] * replicas,

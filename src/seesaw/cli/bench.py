@@ -52,8 +52,9 @@ def bench(
     """Compare plans and engines on a model of random weights; each is explained by its floor.
 
     A contestant is a plan, with :POLICY or @option=value,... or both behind it, such as 'P2->T2', 'T2:chunked' or
-    'T2@chunk=512,max_running=64'; or vllm:TP1, vllm:TP2, vllm:PP2 with options likewise. Each is a process of
-    its own, started once and stopped while another runs. One that fails is reported and does not end the others.
+    'T2@chunk=512,max_running=64'; or auto, for what the planner chooses; or vllm:TP1, vllm:TP2, vllm:PP2 with options
+    likewise. Each is a process of its own, started once and stopped while another runs. One that fails is reported
+    and does not end the others.
 
     Exit code: 0 if every contestant ran, 1 if one failed, 2 for unusable arguments, 3 if interrupted.
     """

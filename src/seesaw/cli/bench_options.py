@@ -95,14 +95,21 @@ VllmPython = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of the prompts.", metavar="N", rich_help_panel=_HOW)]
 Fresh = Annotated[
     bool,
-    typer.Option("--fresh", help="Start every contestant anew for each run.", rich_help_panel=_HOW),
+    typer.Option(
+        "--fresh", help="Start every contestant anew for each run.", rich_help_panel=_HOW, metavar=""
+    ),
 ]
 Floor = Annotated[
-    bool, typer.Option("--floor/--no-floor", help="Measure the cores and give floors.", rich_help_panel=_HOW)
+    bool,
+    typer.Option(
+        "--floor/--no-floor", help="Measure the cores and give floors.", rich_help_panel=_HOW, metavar=""
+    ),
 ]
 Profile = Annotated[
     bool,
-    typer.Option("--profile", help="Time the functions of Seesaw's ranks, by phase.", rich_help_panel=_HOW),
+    typer.Option(
+        "--profile", help="Time the functions of Seesaw's ranks, by phase.", rich_help_panel=_HOW, metavar=""
+    ),
 ]
 Json = Annotated[
     Path | None,

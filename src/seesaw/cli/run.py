@@ -17,7 +17,7 @@ from seesaw.core.units import parse_bytes
 if TYPE_CHECKING:
     from seesaw.jobs.base import JobEngine, JobOptions, JobSummary
     from seesaw.jobs.resume import OpenJob
-    from seesaw.preflight.gate import Mode
+    from seesaw.options import PreflightMode
 
 _OF_THE_ENGINE = (
     *(
@@ -180,7 +180,7 @@ def _run(
     return summary.exit_code
 
 
-def _check_before(job: OpenJob, options: dict[str, Any]) -> Mode:
+def _check_before(job: OpenJob, options: dict[str, Any]) -> PreflightMode:
     """Check the folders of the job's files; returns what the engine is to check. Raises a `ConfigError`."""
     from seesaw.device.gpus import count_ranks
     from seesaw.preflight.gate import check_job_files, choose_mode

@@ -71,7 +71,10 @@ Limit = Annotated[
 Ordered = Annotated[
     bool,
     typer.Option(
-        "--ordered", help="Put the finished files into the order of the input.", rich_help_panel=_FILES
+        "--ordered",
+        help="Put the finished files into the order of the input.",
+        rich_help_panel=_FILES,
+        metavar="",
     ),
 ]
 RetryErrors = Annotated[
@@ -80,6 +83,7 @@ RetryErrors = Annotated[
         "--retry-errors",
         help="Run rows again that failed before; answered ones stay as they are.",
         rich_help_panel=_FILES,
+        metavar="",
     ),
 ]
 Force = Annotated[
@@ -89,6 +93,7 @@ Force = Annotated[
         help="Go on with a job although its model, input or settings changed; start again what is complete, damaged, "
         "or not ours.",
         rich_help_panel=_FILES,
+        metavar="",
     ),
 ]
 Model = Annotated[
@@ -182,7 +187,9 @@ ThreadsPerRank = Annotated[
 ]
 SyncLoop = Annotated[
     bool,
-    typer.Option("--sync-loop", help="Wait for each step before the next.", rich_help_panel=_ENGINE),
+    typer.Option(
+        "--sync-loop", help="Wait for each step before the next.", rich_help_panel=_ENGINE, metavar=""
+    ),
 ]
 Preflight = Annotated[
     Literal["auto", "on", "off"],
@@ -245,4 +252,6 @@ MetricsHost = Annotated[
         rich_help_panel=_WATCHING,
     ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="All log messages, and tracebacks of errors.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="All log messages, and tracebacks of errors.", metavar="")
+]

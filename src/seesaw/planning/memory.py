@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from seesaw.core.errors import MemoryBudgetError
 from seesaw.core.layout import Layout, Plan
@@ -23,12 +22,9 @@ from seesaw.planning.books import Books, MemoryBudget, Pair
 from seesaw.planning.demand import MODES, Bounds, bounds, demands, distinct_demands
 from seesaw.planning.device_costs import Parts
 from seesaw.planning.shapes import PlannedModel
-from seesaw.planning.shardings import footprint, plan_shardings
+from seesaw.planning.shardings import Stages, footprint, plan_shardings
 from seesaw.weights.changes import Mode
 from seesaw.weights.sharding import Sharding
-
-if TYPE_CHECKING:
-    from seesaw.planning.setup import Limits
 
 __all__ = ["MemoryBudget", "MemoryPlan", "TransitionMode", "estimate_memory", "footprint", "plan_memory"]
 
@@ -110,29 +106,27 @@ def estimate_memory(
     prefill: Layout,
     decode: Layout,
     dtype: str,
-    limits: Limits,
-    *,
-    separate: bool | None = None,
+    budget: MemoryBudget,
+    stages: Stages | None = None,
 ) -> Pair | str:
     """KV blocks of a replica in each phase, or why the plan does not fit: `plan_memory` for searches, in some tens
     of microseconds once it has met both layouts.
 
     Exact for nodes of up to `EXACT_RANKS`, and where both layouts have one degree of tensor parallelism. For others
     no rank is given a place: each is held to have the most of everything that any has, so that the answer errs to
-    fewer blocks. `separate` says whether sequences pass through the host buffer; by default, whether the layouts
-    differ. Raises `LayoutError`.
+    fewer blocks. `stages` are the layers of each pipeline stage of both, if they are not to be balanced. Raises
+    `LayoutError`.
     """
-    separate = prefill != decode if separate is None else separate
-    books = Books(model, dtype, limits.budget(prefill, separate=separate), (prefill, decode))
+    books = Books(model, dtype, budget, (prefill, decode))
     modes = _modes(books.budget, reshards=prefill != decode)
     if prefill.tp == decode.tp or prefill.world <= EXACT_RANKS:
         plan = Plan(prefill, decode, separate=True)
-        ranks = distinct_demands(model, plan_shardings(model, plan, limits.stages))
+        ranks = distinct_demands(model, plan_shardings(model, plan, stages))
         fitting = _fitting(books, books.room(ranks, modes))
         return (
             fitting[_least_moving(fitting)] if fitting else books.refusal(ranks, (prefill, decode), modes[-1])
         )
-    between = bounds(model, prefill, decode, limits.stages)
+    between = bounds(model, prefill, decode, stages)
     return _estimate_between(books, between, modes) or books.refusal(
         (between.most,), (prefill, decode), modes[-1]
     )

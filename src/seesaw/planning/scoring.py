@@ -169,9 +169,8 @@ class Scorer:
 
     def _room(self, plan: Plan, limits: Limits) -> Room | None:
         """What memory leaves for KV; None, with the reason noted, if it is not enough."""
-        blocks = estimate_memory(
-            self.model, plan.prefill, plan.decode, self.dtype, limits, separate=plan.separate
-        )
+        budget = limits.budget(plan.prefill, separate=plan.separate)
+        blocks = estimate_memory(self.model, plan.prefill, plan.decode, self.dtype, budget, limits.stages)
         if isinstance(blocks, str):
             self._too_large.setdefault(plan, blocks)
             return None

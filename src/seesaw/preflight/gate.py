@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from seesaw.core.devices import device_kind
 from seesaw.preflight import communication
@@ -17,9 +17,7 @@ from seesaw.preflight.program import steps_of
 
 if TYPE_CHECKING:
     from seesaw.deployment import Deployment
-
-Mode = Literal["off", "limits", "on"]
-"""What the engine checks before its ranks start: nothing; memory and limits; communication as well."""
+    from seesaw.options import PreflightMode
 
 PAYS_FROM_BYTES = 256 << 10
 """Input from which `auto` checks communication: a few hundred rows. Less is over before a check has paid."""
@@ -27,7 +25,7 @@ PAYS_FROM_ROWS = 200
 """Of a job with `--limit`."""
 
 
-def choose_mode(asked: str, *, ranks: int, inputs: Sequence[Path], limit: int | None) -> Mode:
+def choose_mode(asked: str, *, ranks: int, inputs: Sequence[Path], limit: int | None) -> PreflightMode:
     """What `--preflight` (`auto`, `on` or `off`) means for a job; `auto` leaves tiny jobs to themselves."""
     if asked == "off":
         return "off"
@@ -59,7 +57,7 @@ def check_job_files(
     settle(finding for finding in findings if finding is not None)
 
 
-def start_early(mode: Mode) -> None:
+def start_early(mode: PreflightMode) -> None:
     """Start what the check of communication needs, so that it loads while the caller does other things."""
     if mode == "on":
         communication.start_early()

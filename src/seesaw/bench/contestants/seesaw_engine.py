@@ -30,7 +30,8 @@ class SeesawEngine:
         answers = list(self._llm.generate(requests, params))
         seconds = time.perf_counter() - started
         counts = [len(answer.outputs[0].token_ids) for answer in answers]
-        return Measured(seconds, counts, difference(before, self._llm.stats()))
+        details = difference(before, self._llm.stats())
+        return Measured(seconds, counts, details | {"engine": describe(self._llm)})
 
     def close(self) -> None:
         """See `service.ServedEngine.close`."""
