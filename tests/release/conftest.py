@@ -18,6 +18,6 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Newcomer]:
     """Who has walked the README, and so has an environment and a profile of the machine."""
     someone = Newcomer.in_folder(tmp_path_factory.mktemp("newcomer"))
     write_files(someone.clone)
-    succeeds(someone.run(script(pages()[0]), minutes=25))
+    succeeds(someone.run(script(pages()[0]), minutes=50))
     yield someone
     shutil.rmtree(someone.clone)

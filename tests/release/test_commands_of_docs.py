@@ -15,7 +15,7 @@ from tests.release.newcomer import NEEDS_CLONE, Newcomer, succeeds
 from tests.release.stand_ins import write_files
 from tests.release.walk import script, walked
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), NEEDS_CLONE]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), NEEDS_CLONE]
 
 
 def test_what_the_readme_says_makes_an_environment(newcomer: Newcomer) -> None:
@@ -27,7 +27,7 @@ def test_what_the_readme_says_makes_an_environment(newcomer: Newcomer) -> None:
 def test_the_commands_of_a_page_run(newcomer: Newcomer, page: Path) -> None:
     succeeds(newcomer.run("git clean -fdxq -e .venv"))
     write_files(newcomer.clone)
-    succeeds(newcomer.run(script(page), first=newcomer.clone / ".venv/bin", minutes=25))
+    succeeds(newcomer.run(script(page), first=newcomer.clone / ".venv/bin", minutes=50))
 
 
 def test_the_site_is_built(newcomer: Newcomer) -> None:

@@ -18,7 +18,7 @@ from tests.release.markdown import ROOT
 from tests.release.newcomer import NEEDS_CLONE, Newcomer, succeeds
 from tests.release.stand_ins import MODEL, write_files
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), NEEDS_CLONE]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), NEEDS_CLONE]
 USER_SCRIPT = """
 from seesaw import LLM, RequestOutput, SamplingParams
 with LLM("model", plan="P2->T2") as llm:
