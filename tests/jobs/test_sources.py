@@ -196,8 +196,25 @@ def test_columns_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         check_formats(JobOptions(input=path, model="m", prompt_column="question", id_column="key"))
     assert caplog.messages == [
         f"{path}: prompts from question; ids from key; parameters from max_tokens, n; passed through: prompt, "
-        "model, tag"
+        "model, tag; text is completed as it stands, without the chat template"
     ]
+
+
+def test_the_log_says_that_text_is_no_chat(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    few = "; text is completed as it stands, without the chat template, by few tokens (there is no column max_tokens)"
+    for columns, said in (
+        ("text", few),
+        ("prompt", few),
+        ("text,max_tokens", few.split(", by")[0]),
+        ("messages", ""),
+    ):
+        path = tmp_path / "in.csv"
+        path.write_text(f"{columns}\n")
+        caplog.clear()
+        with caplog.at_level("INFO", "seesaw"):
+            check_formats(JobOptions(input=path, model="m", prompt_column=columns.split(",")[0]))
+        (message,) = caplog.messages
+        assert message.endswith(said) and ("template" in message) == bool(said)
 
 
 def test_named_fields_of_plain_lines(tmp_path: Path) -> None:

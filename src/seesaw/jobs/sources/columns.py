@@ -73,6 +73,9 @@ class TableColumns:
             pieces.append(f"parameters from {', '.join(self.parameters)}")
         if self.extra:
             pieces.append(f"passed through: {_some(self.extra)}")
+        if self.prompt not in _JSON_CONTENT:  # what surprises whoever has a model for chats
+            few = "" if "max_tokens" in self.parameters else ", by few tokens (there is no column max_tokens)"
+            pieces.append(f"text is completed as it stands, without the chat template{few}")
         return "; ".join(pieces)
 
     def parse(self, values: dict[str, Any]) -> Parsed:
