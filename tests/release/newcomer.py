@@ -51,7 +51,7 @@ class Newcomer:
         }
 
     def run(
-        self, script: str, *, cwd: Path | None = None, first: Path | None = None, minutes: float = 10
+        self, script: str, *, cwd: Path | None = None, first: Path | None = None, minutes: float = 30
     ) -> subprocess.CompletedProcess[str]:
         """Runs a piece of bash that ends at its first command that fails, in the clone unless told otherwise."""
         return subprocess.run(
