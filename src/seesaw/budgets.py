@@ -1,8 +1,7 @@
-"""What a node has for ranks where its user says nothing: how many there are, and the memory each may use."""
+"""The memory that each rank may use, and the host buffer, where a user says nothing or too much."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -26,16 +25,6 @@ GPU_HOST_KV = 32 << 30
 """Bytes of the host buffer for each rank on a GPU, at most, where a node has that much."""
 _CPU_HOST_KV, _STATIC_HOST_KV = 32 << 30, 4 << 30
 """At most: for CPU ranks, and where phases share batches, so that only preempted sequences go there."""
-_MOST_CPU_RANKS = 8
-
-
-def default_ranks(options: Options, gpus: Sequence[Gpu]) -> int:
-    """As many as are asked for, or as the GPUs take; on the host, up to eight of its cores."""
-    if options.ranks is not None:
-        return options.ranks
-    if gpus:
-        return len(gpus) * options.ranks_per_gpu
-    return min(_MOST_CPU_RANKS, len(os.sched_getaffinity(0)))
 
 
 def budgets(options: Options, plan: Plan, places: Sequence[Place], gpus: Sequence[Gpu]) -> tuple[int, int]:

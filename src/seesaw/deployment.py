@@ -14,14 +14,14 @@ from typing import Literal, cast
 
 import msgspec
 
-from seesaw.budgets import budgets, default_ranks
+from seesaw.budgets import budgets
 from seesaw.core.devices import device_kind
 from seesaw.core.errors import ConfigError, LayoutError, ModelError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout, Plan
 from seesaw.core.model_spec import DType, ModelSpec
 from seesaw.core.node import Place, load_node, places_on_cores
-from seesaw.device.gpus import Gpu, choose_kind, require_cuda_build, visible_gpus
+from seesaw.device.gpus import Gpu, choose_kind, default_ranks, require_cuda_build, visible_gpus
 from seesaw.models.hf_config import load_spec
 from seesaw.options import Options, check_options
 from seesaw.planning.at_hand import node_at_hand, nominal_turn_costs
@@ -143,7 +143,8 @@ def limits_of(options: Options, device_memory: int, host_kv: int) -> Limits:
 def device_costs(options: Options) -> DeviceCosts:
     """What devices take beside the model. Ranks that share one, or talk through the host, have no communicators."""
     own = device_kind(options.device).transport
-    talk = own is not None and options.ranks_per_gpu == 1 and options.transport in ("auto", own)
+    asked = options.transport.partition("-")[0]  # `nccl-no-p2p` has communicators as well
+    talk = own is not None and options.ranks_per_gpu == 1 and asked in ("auto", own)
     return costs_of(options.device, collectives=talk)
 
 
@@ -179,7 +180,9 @@ def _check_weights(model: str, spec: ModelSpec) -> None:
 
 def _choose_plan(options: Options, spec: ModelSpec, gpus: Sequence[Gpu]) -> Plan:
     if options.plan == "auto":
-        ranks = default_ranks(options, gpus)
+        ranks = options.ranks or default_ranks(
+            options.device, threads=options.threads_per_rank, ranks_per_gpu=options.ranks_per_gpu, gpus=gpus
+        )
         plan = _default_plan(ranks, spec, options.policy)
     else:
         plan = Plan.parse(options.plan)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import msgspec
 
 from seesaw.bench.machine import machine
-from seesaw.budgets import budgets, default_ranks
+from seesaw.budgets import budgets
 from seesaw.core.devices import CPU, DeviceKind, device_kind
 from seesaw.core.errors import ConfigError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Plan
 from seesaw.core.node import Place, places_on_cores
-from seesaw.device.gpus import Gpu, choose_kind, has_driver, require_cuda_build, visible_gpus
+from seesaw.device.gpus import Gpu, choose_kind, default_ranks, has_driver, require_cuda_build, visible_gpus
 from seesaw.options import Options
 from seesaw.planning.at_hand import node_at_hand, visible_node
 from seesaw.planning.profiles import default_path
@@ -105,7 +105,7 @@ def _seen(gpu: Gpu) -> SeenGpu:
 def _taken(gpus: Sequence[Gpu], dtype: str) -> Taken:
     kind = device_kind(choose_kind("auto"))
     options = Options(model="", device=kind.name)
-    ranks = default_ranks(options, gpus)
+    ranks = default_ranks(kind.name, gpus=gpus)
     plan = Plan.parse(f"P{ranks}->T{ranks}")
     device_memory, host_kv = budgets(options, plan, _places(kind, ranks), gpus)
     planner, no_planner = _planner(ranks, kind.name, dtype, [gpu.name for gpu in gpus])

@@ -50,8 +50,8 @@ class Options:
     threads_per_rank: int = 1
     attention: str | None = None
     transport: str = "auto"
-    """How tensors travel between ranks: `auto`, `nccl` (a GPU for each rank), `shm`, `tcp` (ranks with addresses of
-    their own) or `gloo`; the last three go through host memory."""
+    """How tensors travel between ranks: `auto`, `nccl` (a GPU for each rank), `nccl-no-p2p` (the same, by way of host
+    memory), `shm`, `tcp` (ranks with addresses of their own) or `gloo`; the last three are not NCCL's."""
     node: str | None = None
     """A JSON file that places each rank in a network namespace, control groups and cores (`core.node`)."""
     start_timeout: float = 120.0

@@ -105,7 +105,7 @@ def test_what_the_bench_sets_unless_the_contestant_does(tmp_path: Path, python: 
     assert "node" not in ready.options
     own = parse_contestant("T2@device_memory=40MiB,dtype=float32,max_model_len=200")
     ready = prepared(own, spec, workload, dtype="bfloat16", device_memory="1GiB", host_kv="3MiB", node="n")
-    assert {**own.options, "host_kv": "3MiB", "node": "n"} == ready.options
+    assert {**own.options, "host_kv": "3MiB", "node": "n", "device": "cpu"} == ready.options
     peer = prepared(parse_contestant("vllm:TP2", python), spec, workload, dtype="bfloat16", node="n")
     assert 6 * 128 * spec.kv_bytes_per_token("bfloat16") / 2 < peer.options["kv_memory"] < 1 << 27
     assert {**peer.options, "kv_memory": 0} == {

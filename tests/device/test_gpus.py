@@ -13,7 +13,7 @@ import torch
 
 from seesaw.core.errors import ConfigError
 from seesaw.device import gpus
-from seesaw.device.gpus import Gpu, choose_kind, require_cuda_build, visible_gpus
+from seesaw.device.gpus import Gpu, choose_kind, default_ranks, require_cuda_build, visible_gpus
 
 GIB = 1 << 30
 UUIDS = ("GPU-aaaa1111-0", "GPU-aaaa2222-1", "GPU-bbbb3333-2")
@@ -200,3 +200,17 @@ def test_gpus_that_cannot_be_used_leave_the_cpu_and_a_warning(
     monkeypatch.setattr(torch.version, "cuda", None)
     assert choose_kind("auto") == "cpu"
     assert "built without CUDA" in caplog.text and "on the CPU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "ranks"), [(1, 1, 1), (2, 1, 2), (2, 4, 1), (12, 1, 8), (12, 3, 4), (64, 4, 8)]
+)
+def test_ranks_of_a_host(cores: int, threads: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert default_ranks("cpu", threads=threads) == ranks
+
+
+def test_ranks_of_gpus(nvml: FakeNvml) -> None:
+    assert default_ranks("cuda") == 3
+    assert default_ranks("cuda", ranks_per_gpu=2, threads=4) == 6
+    assert default_ranks("cuda", gpus=[Gpu("L4", GIB, GIB)]) == 1

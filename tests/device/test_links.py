@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from seesaw import LLM, SamplingParams
+from seesaw import LLM, SamplingParams, launch
+from seesaw.deployment import Deployment
 from seesaw.execution import worker as worker_module
 from seesaw.transport import select
 from seesaw.transport.base import Link, Members, Transport
@@ -85,3 +86,29 @@ def test_a_job_uses_what_was_made(plan: str, tmp_path: Path, monkeypatch: pytest
         not plan.startswith("P") or "->" not in plan
     ):  # of layouts that only prefill, tokens go straight to the control
         assert not unused
+
+
+@pytest.mark.parametrize("plan", ["P2->T2", "P2T2->P4"])
+def test_a_job_over_the_lanes_gives_the_same_answers(
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real ranks over NCCL's class, with Gloo in its place."""
+    write_model(tmp_path)
+    options: dict[str, Any] = {"device_memory": "4MiB", "host_kv": "2MiB", "max_model_len": 96}
+
+    def answers() -> list[list[int]]:
+        with LLM(
+            tmp_path, plan=plan, load_format="dummy", dtype="float32", tokenizer=False, **options
+        ) as llm:
+            taken.append(llm.deployment.own_transport)
+            prompts = [{"prompt_token_ids": [3 + (7 * i + j) % 200 for j in range(20)]} for i in range(8)]
+            outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+            return [list(output.outputs[0].token_ids) for output in outputs]
+
+    taken: list[str | None] = []
+    expected = answers()
+    monkeypatch.setattr(Deployment, "own_transport", "nccl")
+    connected = launch.resolve_kind
+    monkeypatch.setattr(launch, "resolve_kind", lambda *a, **k: taken.append(connected(*a, **k)) or taken[-1])
+    assert answers() == expected
+    assert taken == [None, "nccl", "nccl"]

@@ -86,30 +86,34 @@ def test_every_part_of_an_8b_model_on_one_card_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "connections"),
+    ("plan", "communicators", "connections"),
     [
-        ("T1", 0),
-        ("D4", 0),
-        # 8 channels, for the ring and one neighbour of a chain of two
-        ("T2", 8 * 2),
-        ("D2T2", 8 * 2),
+        ("T1", 0, 0),
+        ("D4", 0, 0),
+        # that of all ranks; 8 channels, for the ring and one neighbour of a chain of two, 2 to gather
+        ("T2", 1, 8 * 2 + 2 * 1),
+        # and that of the group
+        ("D2T2", 2, 8 * 2 + 2 * 1),
         # the ring and two neighbours
-        ("T4", 8 * 3),
-        ("T8", 8 * 3),
-        ("D4->T4", 8 * 3),
-        ("T4->T4", 8 * 3),
-        # two channels to each neighbour, and to the one rank of the first stage that the last sends tokens to
-        ("P2", 2 * 3),
-        ("P4->T4", 8 * 3 + 2 * 3),
-        # groups of both layouts, and tokens for four ranks
-        ("P4T2->P2T4", 8 * 2 + 8 * 3 + 2 * 6),
-        ("D2T2->T4", 8 * 2 + 8 * 3),
+        ("T4", 1, 8 * 3 + 2 * 3),
+        ("T8", 1, 8 * 3 + 2 * 7),
+        ("D4->T4", 1, 8 * 3 + 2 * 3),
+        ("T4->T4", 1, 8 * 3 + 2 * 3),
+        # two lanes, one of which has the communicator of all; two channels to the next stage, and from the last
+        ("P2", 2, 2 * 2),
+        # four lanes at most; two neighbours, or one and the far end
+        ("P4", 4, 2 * 2),
+        ("P4->T4", 4, 8 * 3 + 2 * 3 + 2 * 2),
+        # groups of both layouts and six lanes; tokens for two ranks, and for four
+        ("P4T2->P2T4", 2 + 6, (8 * 2 + 2 * 1) + (8 * 3 + 2 * 3) + 2 * (1 + 2) + 2 * (1 + 4)),
+        ("D2T2->T4", 2, (8 * 2 + 2 * 1) + (8 * 3 + 2 * 3)),
     ],
 )
-def test_communicators_follow_from_both_layouts(plan: str, connections: int) -> None:
+def test_communicators_follow_from_both_layouts(plan: str, communicators: int, connections: int) -> None:
     memory = set_up_on(MODELS["8B"], plan, 80).memory
     for rank in range(Plan.parse(plan).world):
-        assert dict(memory.components(rank)).get("collectives", 0) == connections * 12 * MIB
+        found = dict(memory.components(rank)).get("collectives", 0)
+        assert found == communicators * 24 * MIB + connections * 12 * MIB
 
 
 def test_ranks_of_one_device_talk_through_the_host() -> None:
@@ -154,23 +158,23 @@ def test_cpu_ranks_take_nothing_beside_the_model() -> None:
         ("8B", "T1", 24, "resident", (3756, 3756)),
         # Twice the card: 24,576 more, at 2
         ("8B", "T1", 48, "resident", (3756 + 12_288, 3756 + 12_288)),
-        # A rank of D4 has the whole model, and 8 of a piece beside it while a layer changes; T4's communicators (288)
+        # A rank of D4 has the whole model, and 8 of a piece beside it while a layer changes; T4's communicators (384)
         # and churn come to it (1/32 of what T4 does not take over as it is), and its graphs are smaller:
-        # 24,576 - 15,324.5 - 2,137.7 = 7,113.8, at 2 under D4 and 0.5 under T4
-        ("8B", "D4->T4", 24, "delta", (3556, 14_227)),
-        # A quarter: 24,576 - 16,091.5 - 1,730.1 = 6,754.4, at 16 x 48 KiB = 0.75: 144,080 tokens
-        ("34B", "T4", 24, "resident", (9005, 9005)),
-        # The last rank: 24,576 - 16,372.4 - 2,521.7 = 5,681.9, at 0.75
-        ("34B", "P4->T4", 24, "delta", (7575, 7575)),
+        # 24,576 - 15,324.5 - 2,233.7 = 7,017.8, at 2 under D4 and 0.5 under T4
+        ("8B", "D4->T4", 24, "delta", (3508, 14_035)),
+        # A quarter: 24,576 - 16,091.5 - 1,826.1 = 6,658.4, at 16 x 48 KiB = 0.75: 142,032 tokens
+        ("34B", "T4", 24, "resident", (8877, 8877)),
+        # The last rank: 24,576 - 16,372.4 - 2,665.7 = 5,537.9, at 0.75
+        ("34B", "P4->T4", 24, "delta", (7383, 7383)),
         # 81,920 - 64,361.5 - 1,683.2 = 15,875.3, at 3: 84,656 tokens
         ("34B", "T1", 80, "resident", (5291, 5291)),
         # The last rank has ten layers and the LM head, more than an eighth (16,823.5):
-        # 24,576 - 18,340.3 - 2,993.9 = 3,241.8, at 16 x 40 KiB = 0.625: 82,976 tokens
-        ("70B", "P8->T8", 24, "delta", (5186, 5186)),
-        # 49,152 - 34,676.6 - 3,524.9 = 10,950.5, at 1.25: 140,160 tokens
-        ("70B", "P4->T4", 48, "delta", (8760, 8760)),
-        # Half: 81,920 - 67,286.5 - 2,085.7 = 12,547.8, at 2.5
-        ("70B", "T2", 80, "resident", (5019, 5019)),
+        # 24,576 - 18,340.3 - 3,281.9 = 2,953.8, at 16 x 40 KiB = 0.625: 75,616 tokens
+        ("70B", "P8->T8", 24, "delta", (4726, 4726)),
+        # 49,152 - 34,676.6 - 3,668.9 = 10,806.5, at 1.25: 138,320 tokens
+        ("70B", "P4->T4", 48, "delta", (8645, 8645)),
+        # Half: 81,920 - 67,286.5 - 2,133.7 = 12,499.8, at 2.5
+        ("70B", "T2", 80, "resident", (4999, 4999)),
     ],
 )
 def test_what_fits(name: str, plan: str, gib: int, mode: str, blocks: tuple[int, int]) -> None:

@@ -134,3 +134,24 @@ def corrupt_native(transport: Transport, rank: int) -> Transport:
 
 
 corrupt_all = Corrupting
+
+
+class NoPeers(Passing):
+    """Rank 1 never hears of rank 0 while GPUs are to reach each other's memory."""
+
+    def receive(self, x: Tensor, rank: int, channel: int) -> Tensor:
+        if self._transport.name == "nccl" and os.environ.get("NCCL_P2P_DISABLE") != "1" and self._rank == 1:
+            time.sleep(3600)
+        return super().receive(x, rank, channel)
+
+
+class NoNccl(Passing):
+    """Rank 1 never hears of rank 0 by NCCL."""
+
+    def receive(self, x: Tensor, rank: int, channel: int) -> Tensor:
+        if self._transport.name == "nccl" and self._rank == 1:
+            time.sleep(3600)
+        return super().receive(x, rank, channel)
+
+
+no_peers, no_nccl = NoPeers, NoNccl

@@ -17,6 +17,7 @@ from seesaw.core.errors import ConfigError
 from seesaw.core.node import Place
 from seesaw.preflight import communication
 from seesaw.preflight.communication import Leader, LeaderLostError, explain, find_connection
+from seesaw.preflight.exercise import summed_period
 from seesaw.preflight.messages import Check, Step
 from seesaw.preflight.program import LARGE, MIDDLE, SMALL
 
@@ -143,6 +144,58 @@ def test_the_next_transport_is_taken(caplog: pytest.LogCaptureFixture) -> None:
         f"preflight: transport 'tcp' failed: {wrong}; going on with 'gloo'",
     ]
     assert "2 ranks exchange data correctly over 'gloo'" in caplog.text
+
+
+@pytest.mark.usefixtures("lent")
+def test_gpus_that_do_not_reach_each_other_keep_nccl_without(caplog: pytest.LogCaptureFixture) -> None:
+    """NCCL's class, with Gloo in its place: a hang ends in time, is explained, and the next way is taken."""
+    with caplog.at_level("INFO", logger="seesaw"):
+        found = find_connection(
+            STEPS, [Place(), Place()], own="nccl", wrapper=FAULTS + "no_peers", dtype="bfloat16", limit=4.0
+        )
+    assert found.transport == "nccl-no-p2p"
+    assert found.failures == (
+        "transport 'nccl' failed: message of 64 bytes from rank 0 to rank 1 did not end within 4 s (rank 1 stood "
+        "there); often GPUs do not reach each other's memory although the driver says that they do: switch the IOMMU "
+        "off or boot with iommu=pt, and switch ACS off on PCIe bridges; NCCL_P2P_DISABLE=1 keeps NCCL without it, "
+        "slower",
+    )
+    assert f"preflight: {found.failures[0]}; going on with 'nccl-no-p2p'" in caplog.messages
+
+
+@pytest.mark.usefixtures("lent")
+def test_no_nccl_at_all_goes_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a variable that says already what would be tried next saves the try."""
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    found = find_connection(STEPS, [Place(), Place()], own="nccl", wrapper=FAULTS + "no_nccl", limit=3.0)
+    assert found.transport == "shm" and len(found.failures) == 1
+
+
+@pytest.mark.usefixtures("lent")
+def test_slow_links_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(communication, "SLOW_LINK", 1e15)
+    found = find_connection(STEPS, [Place(), Place()], own="nccl", transport="nccl", limit=60.0)
+    assert found.transport == "nccl"
+    (warned,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned.startswith("preflight: GPUs exchange data much slower than over PCIe of 16 lanes: ")
+    for part in ("ranks 0, 1 at ", "rank 0 to 1 at ", "rank 1 to 0 at ", "GB/s", "nvidia-smi topo -m"):
+        assert part in warned
+
+
+def test_links_as_fast_as_pcie_are_not_named() -> None:
+    steps = [Step("send", (number, number + 1), 1 << 24, timed=True) for number in range(6)]
+    assert communication.slow_links(steps, dict.fromkeys(range(6), 6e9)) == []
+    (finding,) = communication.slow_links(steps, {number: (number + 1) * 1e8 for number in range(6)})
+    assert "rank 0 to 1 at 0.1 GB/s; rank 1 to 2 at 0.2 GB/s" in finding.what
+    assert finding.what.endswith("rank 3 to 4 at 0.4 GB/s, and 2 more")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8, 64])
+def test_sums_are_exact_however_they_are_rounded_on_the_way(ranks: int) -> None:
+    """NCCL rounds a sum of bfloat16 at every rank that it passes."""
+    period = summed_period(ranks)
+    assert ranks * (period - 1) <= 256 and period >= 2
+    assert all(period % i for i in range(2, period))
 
 
 def test_a_leader_that_is_lost_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from seesaw.cli.profile import GPU_OPERANDS
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DTYPE_BYTES
 from seesaw.planning.cost import LayoutCost, Work
 from seesaw.profiling.fit import Box, fit
-from seesaw.profiling.tasks import ACTIVATION_ROWS, STEP_LAYERS, Task, all_tasks, group_sizes, sizes_for
+from seesaw.profiling.tasks import STEP_LAYERS, Task, all_tasks, group_sizes, sizes_for
 from tests.planning.machines import model
 
 PEAK, STREAM, PREFILL, DECODE = 8e10, 1.6e10, 6e10, 8e9
@@ -36,7 +37,7 @@ def seconds(task: Task) -> float:
         case "activations":
             query, kv, dim = given["heads"]
             width = 8 * sizes.hidden + 3 * (query + 2 * kv) * dim + 3 * sizes.ffn
-            return ACTIVATION_ROWS * width * 2 / 5e9 + 4 * OPERATOR
+            return sizes.activation_rows * width * 2 / 5e9 + 4 * OPERATOR
         case "all_reduce":
             return 2e-5 * given["size"] + given["count"] / 2e9
         case "send":
@@ -86,6 +87,52 @@ def test_the_cost_model_gives_back_the_times_that_were_measured() -> None:
     assert prompts.attention == pytest.approx(
         8 * (attention({"heads": (16, 8, 64), "sequences": 4, "tokens": 256, "new": 256}) + OPERATOR)
     )
+
+
+def test_a_gpu_whose_steps_were_measured_whole_comes_out() -> None:
+    """Sizes are those of large models, and what ten operators of a layer cost anyhow is not counted twice."""
+    sizes, dtypes = sizes_for("cuda"), ("bfloat16", "float32")
+
+    def on_gpu(task: Task) -> float:
+        given = dict(task.arguments)
+        match task.op:
+            case "step":
+                return STEP + OPERATOR + given["layers"] * (LAYER + 10 * OPERATOR)
+            case "attention":
+                query, kv, dim = given["heads"]
+                count, tokens = given["sequences"], given["tokens"]
+                if given["new"] == 1:
+                    return OPERATOR + 2 * kv * dim * DTYPE_BYTES[given["dtype"]] * count * tokens / DECODE
+                return OPERATOR + count * 4 * query * dim * tokens * (tokens + 1) / 2 / PREFILL
+            case "activations":
+                query, kv, dim = given["heads"]
+                width = 8 * sizes.hidden + 3 * (query + 2 * kv) * dim + 3 * sizes.ffn
+                return sizes.activation_rows * width * 2 / 5e9 + 4 * OPERATOR
+            case _:
+                return seconds(task)
+
+    spec = fit({task: on_gpu(task) for task in all_tasks(4, dtypes, "cuda")}, 4, dtypes, "cuda", BOX)
+    assert (spec.device, spec.ranks) == ("cuda", 4)
+    assert spec.operator_overhead == pytest.approx(OPERATOR)
+    assert (spec.layer_overhead, spec.step_overhead) == (pytest.approx(LAYER), pytest.approx(STEP))
+    assert (spec.token_of_query, spec.token_of_kv) == (0.0, 0.0)
+    assert spec.bandwidth == pytest.approx(STREAM) and spec.activation_bandwidth == pytest.approx(5e9)
+    assert PEAK * spec.prefill_attention(5e11) == pytest.approx(PREFILL)
+    assert STREAM * spec.decode_attention(1e9) == pytest.approx(DECODE)
+    assert sorted(spec.all_reduce) == [2, 3, 4]
+
+
+def test_what_a_gpu_is_measured_with_fits_its_memory() -> None:
+    for task in all_tasks(2, ["bfloat16", "float32"], "cuda"):
+        given = dict(task.arguments)
+        if task.op == "product":
+            elements = sum(depth * columns for depth, columns in given["products"])
+        elif task.op == "attention":
+            _, kv, dim = given["heads"]
+            elements = 2 * kv * dim * given["sequences"] * (-(-given["tokens"] // 16) * 16)
+        else:
+            continue
+        assert elements * DTYPE_BYTES[given["dtype"]] <= GPU_OPERANDS, task.label
 
 
 def test_each_type_has_its_curves() -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from itertools import count
 
 import pytest
+import torch
 
 from seesaw.bench.process import ContestantError
+from seesaw.core.devices import CUDA
 from seesaw.core.node import Place, places_on_cores
-from seesaw.profiling import clock
+from seesaw.device.capture import captured
+from seesaw.device.cpu import CpuDevice
+from seesaw.profiling import clock, copies, steps
 from seesaw.profiling.links import all_groups, groups_of
 from seesaw.profiling.measure import Effort, measure
 from seesaw.profiling.node import Node, NodeOptions
+from seesaw.profiling.operands import Operands
+from seesaw.profiling.operators import Heads
+from seesaw.profiling.rank import RankConfig
 from seesaw.profiling.tasks import (
     Task,
     all_reduce,
@@ -48,7 +56,7 @@ ONE_OF_EACH = [
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
-    with Node([Place(), Place()], NodeOptions(memory=20 << 20), [2]) as started:
+    with Node([Place(), Place()], NodeOptions(memory=20 << 20, host_memory=20 << 20), [2]) as started:
         yield started
 
 
@@ -87,6 +95,64 @@ def test_slow_links_are_not_measured_at_larger_sizes(monkeypatch: pytest.MonkeyP
     times = measure(None, tasks, Effort(passes=1), lambda *_: None)
     assert asked == [1 << 12, 1 << 14]
     assert list(times) == tasks[:2]
+
+
+def test_copies_go_as_the_device_reaches_host_memory() -> None:
+    """By what the engine's registration gives, over blocks of both pools in random order."""
+    moved: list[tuple[int, bool]] = []
+
+    def copy(near: torch.Tensor, far: torch.Tensor, table: torch.Tensor, to_host: bool) -> None:
+        moved.append((len(table) * near[0].numel() * near.element_size(), to_host))
+
+    near, far = Operands(8 << 20, "cpu"), Operands(8 << 20, "cpu")
+    for kind, out in (("to_host", True), ("to_device", False)):
+        calls, size = copies.copy_calls(near, far, kind, "bfloat16", Heads(query=4, kv=2, dim=64), copy)
+        for call in calls:
+            call()
+        assert moved == [(size, out)] * len(calls)
+        moved.clear()
+
+
+def test_calls_in_a_row_are_settled_once() -> None:
+    done: list[str] = []
+    span = clock.Span(start=0.0, end=0.0, window=0.001, by_clock=True)
+    clock.together(lambda: done.append("call"), lambda n: min(n, 3), span, settle=lambda: done.append("wait"))
+    assert done == ["call", "wait"] * 2 + ["call", "call", "call", "wait"]
+
+
+def test_work_is_captured_only_where_the_host_runs_ahead() -> None:
+    done: list[int] = []
+    again = captured([lambda: done.append(1), lambda: done.append(2)], "cpu")
+    assert done == []
+    again()
+    assert done == [1, 2]
+
+
+def test_a_step_is_measured_whole_where_the_host_runs_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same steps on a CPU rank, as a device that runs behind has them: several in a row, then one wait."""
+    waits: list[bool] = []
+    device = CpuDevice()
+    record = device.compute.record
+    monkeypatch.setattr(device.compute, "record", lambda: waits.append(True) or record())
+    monkeypatch.setattr(steps, "kind_of", lambda _: CUDA)
+    with (
+        torch.inference_mode(),
+        steps.step_rest(layers=2, dtype="float32", place=device, clock=time.perf_counter) as whole,
+    ):
+        waits.clear()
+        assert whole() > 0
+    assert len(waits) == 1
+    device.close()
+
+
+def test_a_gpu_node_names_the_devices_of_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[RankConfig] = []
+    monkeypatch.setattr(Node, "_start_rank", lambda self, config, *_: started.append(config))
+    options = NodeOptions(device="cuda", memory=1 << 31)
+    with Node([Place(), Place(device=3)], options, [2]):
+        assert [config.device for config in started] == ["cuda:0", "cuda:3"]
+        assert {config.transport for config in started} == {"nccl"}
+        assert {(config.memory, config.host_memory) for config in started} == {(1 << 31, 256 << 20)}
 
 
 def test_ranks_that_are_left_over_are_in_no_group() -> None:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seesaw.transport.base import Members, Transport
-from seesaw.transport.nccl import Link
+from seesaw.transport.base import Link, Members, Transport
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float32, torch.bfloat16)
 SIZES = (0, 1, 3, 17, 31, 64, 250, 1000, 1023, 4096, 5001)

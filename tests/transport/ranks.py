@@ -52,7 +52,7 @@ class Setup(AbstractContextManager["Setup"]):
         if self.kind == "nccl":  # the class, over a backend that needs no GPU
             cpu = torch.device("cpu")
             return NcclTransport(
-                rank, self.world, where, self.groups, self.links, device=cpu, timeout=TIMEOUT, backend="gloo"
+                rank, self.world, where, self.groups, self.links, device=cpu, timeout=TIMEOUT
             )
         if self.kind == "tcp":
             return SocketTransport(rank, self.world, where, "127.0.0.1", timeout=TIMEOUT, **self.options)

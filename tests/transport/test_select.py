@@ -42,8 +42,13 @@ def test_kinds(
 @pytest.mark.parametrize(
     ("kind", "native", "message"),
     [
-        ("mpi", True, r"unknown kind 'mpi'; use one of \('auto', 'nccl', 'shm', 'tcp', 'gloo'\)"),
+        (
+            "mpi",
+            True,
+            r"unknown kind 'mpi'; use one of \('auto', 'nccl', 'nccl-no-p2p', 'shm', 'tcp', 'gloo'\)",
+        ),
         ("nccl", True, "needs a GPU of its own for every rank"),
+        ("nccl-no-p2p", True, "'nccl-no-p2p' needs a GPU of its own for every rank"),
         ("tcp", True, "needs an address for every rank"),
         ("shm", False, "needs the native library"),
         ("single", True, "is for one rank, there are 2"),
@@ -59,6 +64,7 @@ def test_kinds_that_cannot_be(kind: str, native: bool, message: str, monkeypatch
 def test_devices_with_a_transport_of_their_own() -> None:
     for kind in ("auto", "nccl"):
         assert resolve_kind(kind, world=2, addresses=False, own="nccl") == "nccl"
+    assert resolve_kind("nccl-no-p2p", world=2, addresses=False, own="nccl") == "nccl-no-p2p"
     assert resolve_kind("gloo", world=2, addresses=False, own="nccl") == "gloo"
     assert resolve_kind("auto", world=1, addresses=False, own="nccl") == "single"
 
@@ -118,7 +124,7 @@ def test_shared_memory_needs_its_region(tmp_path: Path) -> None:
 def test_gloo_gives_up_on_absent_ranks() -> None:
     class Alone(Setup):
         def connect(self, rank: int) -> Transport:
-            with pytest.raises(StartupError, match=r"rank 0 did not meet all 2 ranks within 0\.5 s"):
+            with pytest.raises(StartupError, match=r"rank 0 waited 0\.5 s for rank 1 in vain \(by gloo\)"):
                 GlooTransport(0, 2, self.directory.name, [], timeout=0.5)
             return create_transport("auto", rank=0, world=1, rendezvous="", groups=[])
 

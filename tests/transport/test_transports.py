@@ -45,7 +45,7 @@ def test_random_programs_on_ranks_that_talk_through_the_host(world: int) -> None
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_random_programs_over_communicators_for_each_link(world: int) -> None:
+def test_random_programs_over_lanes(world: int) -> None:
     """What `NcclTransport` asks of `torch.distributed`, of a backend that runs here."""
     program = random_program(world, 60, seed=world, large=200_003, in_flight=1)
     with Setup("nccl", world, groups=groups_of(program), links=links_of(program)) as setup:

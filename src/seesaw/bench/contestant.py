@@ -11,12 +11,13 @@ from typing import Any
 
 from seesaw.bench import contestants
 from seesaw.bench.workloads import Workload
-from seesaw.budgets import default_ranks
+from seesaw.core.devices import CPU
 from seesaw.core.errors import ConfigError
 from seesaw.core.layout import Plan
 from seesaw.core.model_spec import DTYPE_BYTES, ModelSpec
 from seesaw.core.units import parse_bytes
 from seesaw.deployment import Deployment, resolve
+from seesaw.device.gpus import default_ranks
 from seesaw.options import Options
 
 PEERS = ("TP1", "TP2", "PP2")
@@ -108,7 +109,7 @@ def parse_contestant(text: str, vllm_python: Path | None = None) -> Contestant:
         options["policy"] = policy
     _check_names(text, options, _SEESAW_OPTIONS)
     if plan == _AUTO:
-        options.setdefault("ranks", default_ranks(Options(model=""), ()))
+        options.setdefault("ranks", default_ranks(CPU.name))
     else:
         plan = str(Plan.parse(plan))
     command = (sys.executable, "-m", "seesaw.bench.contestants.seesaw_engine")
@@ -183,6 +184,7 @@ def prepared(
     weights = weight_parameters(spec) * DTYPE_BYTES[kind]
     return common.with_defaults(
         node=node,
+        device=CPU.name,  # floors and probes are of cores
         device_memory=device_memory or 2 * weights + kv + _SLACK,
         host_kv=host_kv or kv,
     )

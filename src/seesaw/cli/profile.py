@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,14 +18,24 @@ from seesaw.core.errors import ConfigError
 if TYPE_CHECKING:
     from seesaw.core.hardware import HardwareSpec
     from seesaw.core.node import Place
+    from seesaw.device.gpus import Gpu
 
 Ranks = Annotated[
     int | None,
     typer.Option(
-        help="Ranks to measure; by default one for each core, at most 8, or for each place of --node.",
+        help="Ranks to measure; by default one for each GPU or, on CPUs, for each core, at most 8; with --node one "
+        "for each place.",
         min=1,
         max=64,
         metavar="N",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="What ranks compute on: cuda (NVIDIA GPUs, a rank on each), or cpu; auto is cuda where there are "
+        "GPUs.",
+        metavar="KIND",
     ),
 ]
 NodeFile = Annotated[
@@ -53,16 +64,25 @@ Output = Annotated[
 ]
 Threads = Annotated[int, typer.Option(help="Threads of a rank.", min=1, metavar="N")]
 
+GPU_OPERANDS = 2 << 30
+"""Bytes that a rank on a GPU cuts operands from: KV of 256 sequences of 1,024 tokens in float32."""
+GPU_BESIDE = 5 << 30
+"""Bytes that it takes besides at most: CUDA itself, communicators, weights that change, results."""
+_GPU_PASSES = 3
+"""How often all is measured: GPUs have no neighbours, and a pass takes longer to prepare than to measure."""
+
 
 def profile(
     ranks: Ranks = None,
+    device: Device = "auto",
     node: NodeFile = None,
     dtype: DTypes = ["bfloat16", "float32"],  # noqa: B006  typer reads it only
     output: Output = None,
     threads_per_rank: Threads = 1,
     debug: Debug = False,
 ) -> None:
-    """Measure this box: matrix products, attention, links, copies and overheads, with all ranks at work.
+    """Measure this box, its CPUs or its GPUs: matrix products, attention, links, copies and overheads, with all ranks
+    at work.
 
     Takes one to two minutes, in which nothing else should run. The planner prefers the profile to its catalogue.
 
@@ -74,7 +94,7 @@ def profile(
 
         path = output or default_path()
         started = time.monotonic()
-        spec = _measure(_places(ranks, node, threads_per_rank), _dtypes(dtype), threads_per_rank)
+        spec = _measure(_subject(ranks, device, node, threads_per_rank), _dtypes(dtype), threads_per_rank)
         save_profile(path, spec)
         _show(spec)
         say(f"measured in {time.monotonic() - started:.0f} s; profile: {path}")
@@ -92,35 +112,81 @@ def _dtypes(texts: list[str]) -> list[str]:
     return wanted
 
 
-def _places(ranks: int | None, node: str | None, threads: int) -> list[Place]:
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What is measured."""
+
+    places: list[Place]
+    device: str
+    name: str
+    memory: int
+    """Bytes of each rank."""
+
+
+def _subject(ranks: int | None, device: str, node: str | None, threads: int) -> _Subject:
+    """Raises `ConfigError` for ranks that have no place or no GPU."""
+    from seesaw.core.devices import device_kind
     from seesaw.core.node import load_node, places_on_cores
+    from seesaw.device.gpus import choose_kind, default_ranks, require_cuda_build, visible_gpus
 
+    device = choose_kind(device)
+    gpus: list[Gpu] = []
+    if device_kind(device).numbered:
+        require_cuda_build()
+        gpus = visible_gpus()
     if node is None:
-        return places_on_cores(ranks or _default_ranks(threads), threads)
-    places = load_node(node).ranks
-    if ranks is not None and ranks > len(places):
-        raise ConfigError(f"--ranks {ranks}: node file {node} has places for {len(places)}")
-    return places[:ranks]
+        places = places_on_cores(ranks or default_ranks(device, threads=threads, gpus=gpus), threads)
+    else:
+        places = load_node(node).ranks
+        if ranks is not None and ranks > len(places):
+            raise ConfigError(f"--ranks {ranks}: node file {node} has places for {len(places)}")
+        places = places[:ranks]
+    if gpus:
+        return _on_gpus(places, device, gpus)
+    return _on_host(places, device)
 
 
-def _default_ranks(threads: int) -> int:
-    import os
-
-    return max(1, min(8, len(os.sched_getaffinity(0)) // threads))
-
-
-def _measure(places: list[Place], dtypes: list[str], threads: int) -> HardwareSpec:
+def _on_host(places: list[Place], device: str) -> _Subject:
     import psutil
 
     from seesaw.bench.machine import machine
+
+    return _Subject(places, device, machine()["processor"], psutil.virtual_memory().total // len(places))
+
+
+def _on_gpus(places: list[Place], device: str, gpus: list[Gpu]) -> _Subject:
+    """A rank on each: sharing one would measure the sharing."""
+    from seesaw.core.units import format_bytes
+
+    numbers = [rank if place.device is None else place.device for rank, place in enumerate(places)]
+    if max(numbers) >= len(gpus) or len(set(numbers)) < len(numbers):
+        raise ConfigError(
+            f"seesaw profile: {len(places)} ranks, each on a GPU of its own, and {len(gpus)} visible; use --ranks "
+            f"{len(gpus)}, or fewer"
+        )
+    for number in numbers:
+        if gpus[number].free < GPU_OPERANDS + GPU_BESIDE:
+            raise ConfigError(
+                f"seesaw profile: {format_bytes(gpus[number].free)} are free on GPU {number} ({gpus[number].name}), "
+                f"{format_bytes(GPU_OPERANDS + GPU_BESIDE)} are needed; end what else runs there"
+            )
+    used = [gpus[number] for number in numbers]
+    return _Subject(places, device, used[0].name, min(gpu.total for gpu in used))
+
+
+def _measure(subject: _Subject, dtypes: list[str], threads: int) -> HardwareSpec:
+    from seesaw.core.devices import device_kind
     from seesaw.profiling.fit import Box
     from seesaw.profiling.measure import Effort
     from seesaw.profiling.measure import profile as measure
     from seesaw.profiling.node import NodeOptions
 
-    box = Box(name=machine()["processor"], memory=psutil.virtual_memory().total // len(places))
+    options, effort = NodeOptions(device=subject.device, threads=threads), Effort()
+    if not device_kind(subject.device).on_host:
+        options, effort = replace(options, memory=GPU_OPERANDS), replace(effort, passes=_GPU_PASSES)
+    box = Box(name=subject.name, memory=subject.memory)
     with _bar() as progress:
-        return measure(places, dtypes, box, NodeOptions(threads=threads), effort=Effort(), progress=progress)
+        return measure(subject.places, dtypes, box, options, effort=effort, progress=progress)
 
 
 def _show(spec: HardwareSpec) -> None:

@@ -182,7 +182,7 @@ def _run(
 
 def _check_before(job: OpenJob, options: dict[str, Any]) -> PreflightMode:
     """Check the folders of the job's files; returns what the engine is to check. Raises a `ConfigError`."""
-    from seesaw.device.gpus import count_ranks
+    from seesaw.device.gpus import default_ranks
     from seesaw.preflight.gate import check_job_files, choose_mode
 
     if options["preflight"] == "off":
@@ -190,7 +190,9 @@ def _check_before(job: OpenJob, options: dict[str, Any]) -> PreflightMode:
     if options["plan"] != "auto":
         ranks = Plan.parse(options["plan"]).world
     else:
-        ranks = options["ranks"] or count_ranks(options["device"], options["ranks_per_gpu"])
+        ranks = options["ranks"] or default_ranks(
+            options["device"], threads=options["threads_per_rank"], ranks_per_gpu=options["ranks_per_gpu"]
+        )
     asked, part = job.options, job.files.answers_part
     if not asked.streamed:
         written = part.stat().st_size if part.is_file() else 0

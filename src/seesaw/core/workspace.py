@@ -19,11 +19,29 @@ COLLECTIVE_CHANNELS = 8
 """Of an NCCL communicator at most (`NCCL_MAX_NCHANNELS`). A PCIe link is full with two to four."""
 PEER_CHANNELS = 2
 """Of NCCL's sends to one rank at most (`NCCL_MAX_P2P_NCHANNELS`)."""
+CHANNEL_LIMITS = {"NCCL_MAX_NCHANNELS": COLLECTIVE_CHANNELS, "NCCL_MAX_P2P_NCHANNELS": PEER_CHANNELS}
+"""By the variable of the environment that holds NCCL to it."""
 
 _LOGIT_COPIES = 3
 """Of a row of logits on a rank that samples: what ranks send, what they make together, the sampler's float32."""
 _LADDER = ((8, 4), (64, 8), (256, 16), (1024, 64))
 """Up to so many sequences, steps of so many."""
+
+
+def lane_of(source: int, destination: int) -> int:
+    """Which communicator carries messages from one rank to another: they have one for every two directions of a bit.
+
+    It goes by the lowest bit in which their numbers differ, and by which of the two has it. So on any lane a rank
+    only sends, or only receives, whatever the layouts.
+    """
+    differing = source ^ destination
+    bit = (differing & -differing).bit_length() - 1
+    return 2 * bit + (source >> bit & 1)
+
+
+def most_lanes(world: int) -> int:
+    """Lanes among so many ranks."""
+    return 2 * (world - 1).bit_length()
 
 
 def logit_rows(vocab: int) -> int:

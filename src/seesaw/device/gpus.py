@@ -28,6 +28,8 @@ _PATIENCE = 120.0
 """Seconds for a process that loads torch and opens every GPU."""
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
 """Files of which a machine with NVIDIA GPUs has one: Linux, Windows' subsystem, boards with a GPU of their own."""
+_MOST_ON_HOST = 8
+"""Ranks by default: more cores than that are for tokenising, copying and other jobs."""
 _VISIBLE, _ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _ASK_TORCH = """
 import json, torch
@@ -91,11 +93,17 @@ def choose_kind(device: str) -> str:
     return CUDA.name
 
 
-def count_ranks(device: str, ranks_per_gpu: int) -> int:
-    """Ranks that a device of this kind has unless asked otherwise: of its GPUs, or of the host's cores."""
+def default_ranks(
+    device: str, *, threads: int = 1, ranks_per_gpu: int = 1, gpus: Sequence[Gpu] | None = None
+) -> int:
+    """How many ranks a node has where nobody says: `ranks_per_gpu` on each GPU; on the host one for every `threads`
+    of its cores, at most eight.
+
+    `gpus` are the visible ones, if they are known already. Raises `ConfigError` if GPUs are meant and there are none.
+    """
     if device_kind(device).numbered:
-        return len(visible_gpus()) * ranks_per_gpu
-    return len(os.sched_getaffinity(0))
+        return len(visible_gpus() if gpus is None else gpus) * ranks_per_gpu
+    return max(1, min(_MOST_ON_HOST, len(os.sched_getaffinity(0)) // threads))
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:

@@ -74,7 +74,8 @@ def sharding_of(message: ShardingMessage) -> Sharding:
 
 
 class Worker:
-    """One rank. The main thread computes; a copy thread moves KV; reports may come from either."""
+    """One rank. The main thread computes, or launches what a GPU computes; KV moves beside, by a copy thread or on
+    copy streams; reports come from the main thread or from those that see such work done."""
 
     def __init__(self, config: WorkerConfig, report: Callable[[FromWorker], None], device: Device) -> None:
         self.phase = "startup"

@@ -16,6 +16,7 @@ from seesaw.core.workspace import (
     SPLITS,
     STAGING_BYTES,
     graph_batches,
+    most_lanes,
 )
 from seesaw.planning.demand import MODES, Demand
 from seesaw.weights.changes import Mode
@@ -52,12 +53,14 @@ class DeviceCosts:
     """The driver's context and loaded kernels: outside of any allocator."""
     libraries: int = 0
     """Workspaces of the matrix library."""
+    communicator: int = 0
+    """Of a communicator, before anything goes over it."""
     connection: int = 0
     """Buffers of one channel of a communicator to one rank: to send and to receive."""
     channels: int = 0
     """Of a communicator, for its ring and for each of its tree's neighbours."""
     peer_channels: int = 0
-    """To each rank that hidden states or tokens are sent to, or come from."""
+    """To each rank that hidden states, tokens or parts of logits are sent to, or come from."""
     graph: int = 0
     """Of a captured decode step, whatever is in it."""
     graph_layer: int = 0
@@ -108,15 +111,23 @@ class DeviceCosts:
         return int((rank.peaks[_RESIDENT] - rank.peaks[_RELOAD]) * self.churn)
 
     def _collectives(self, load: Load) -> int:
-        """One communicator for each tensor-parallel group a rank is in, one of all ranks for what stages send."""
-        channels = 0
+        """What `transport.nccl` opens: a communicator of all ranks where they talk at all, one for each smaller group
+        of tensor parallelism, and one for each lane of messages beyond the first, which has that of all ranks.
+
+        Connections of both layouts stay. On one rank: of a group its ring and its tree, and to the first member,
+        which gathers from all; of stages a neighbour and the ranks at the other end, or two neighbours.
+        """
+        channels = communicators = 0
         for layout in dict.fromkeys(load.layouts):
             if layout.tp > 1:
-                channels += self.channels * (1 + min(layout.tp - 1, 2))
-        stages = [layout for layout in load.layouts if layout.pp > 1]
-        if stages:  # neighbours, and between the last stage and the first, whose ranks all get the tokens
-            channels += self.peer_channels * max(2 + layout.tp for layout in stages)
-        return channels * self.connection
+                communicators += layout.tp < layout.world
+                channels += self.channels * (1 + min(layout.tp - 1, 2)) + self.peer_channels * (layout.tp - 1)
+            if layout.pp > 1:
+                channels += self.peer_channels * (1 + layout.tp)
+        if not channels:
+            return 0
+        lanes = most_lanes(load.layouts[0].world) if any(layout.pp > 1 for layout in load.layouts) else 1
+        return (communicators + lanes) * self.communicator + channels * self.connection
 
     def _graphs(self, rank: Demand, load: Load) -> int:
         """Of the decode layout: their pool has the activations of the largest batch. They end before the LM head."""
@@ -146,6 +157,8 @@ CUDA = DeviceCosts(
     # cuBLAS has 8.1 MiB a stream by torch's default, on SM90 and later 32 MiB, and cuBLASLt as much again; there is a
     # stream for steps and one for capturing them.
     libraries=4 * (32 << 20),
+    # A dozen structures and queues, each in pages of 2 MiB where NCCL maps its memory itself.
+    communicator=24 << 20,
     # NCCL logs 10 MiB for what a channel receives (all its protocols) and 2 MiB for what it sends (a page).
     connection=12 << 20,
     channels=COLLECTIVE_CHANNELS,
@@ -178,4 +191,4 @@ def costs_of(device: str, *, collectives: bool = True) -> DeviceCosts:
     """Those of a device such as `cpu` or `cuda:0`. Without `collectives` ranks talk through the host, as they do
     where they share a device, and the device's own library takes nothing."""
     costs = _BY_DEVICE[device.partition(":")[0]]
-    return costs if collectives else replace(costs, channels=0, peer_channels=0)
+    return costs if collectives else replace(costs, channels=0, peer_channels=0, communicator=0)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -28,8 +28,9 @@ import msgspec
 from seesaw.core.devices import device_kind
 from seesaw.core.errors import ConfigError
 from seesaw.core.node import Place
+from seesaw.preflight.findings import Finding, settle
 from seesaw.preflight.messages import MEET, PLACE, Check, Problem, Ready, Step, Verdict
-from seesaw.preflight.program import describe
+from seesaw.preflight.program import describe, timed_steps
 
 if TYPE_CHECKING:
     from seesaw.transport.select import Kind
@@ -44,14 +45,22 @@ LOADING_SECONDS = 300.0
 GRACE_SECONDS = 3.0
 """Beyond its own time limit, until the leader itself counts as hanging."""
 LOOPBACK = "127.0.0.1"
-_ORDER: tuple[Kind, ...] = ("nccl", "shm", "tcp", "gloo")
+_ORDER: tuple[Kind, ...] = ("nccl", "nccl-no-p2p", "shm", "tcp", "gloo")
 """What is tried after what."""
 DEVICE_LIMIT_SECONDS = 90.0
 """What ranks on devices may take: each opens its device first, and a library that connects them asks every link."""
+SLOW_LINK = 2.5e9
+"""Bytes a second below which a link between devices is named. PCIe 3.0 of 16 lanes has 12e9, of 4 lanes 3e9, and host
+memory on the way halves them at worst."""
+_NO_P2P = "NCCL_P2P_DISABLE"
 _HINTS = {
-    "nccl": "where GPUs cannot reach each other's memory (virtual machines, IOMMU or ACS switched on), setting "
-    "NCCL_P2P_DISABLE=1 keeps NCCL without it; without NCCL, tensors go through host memory, which is slower"
+    "nccl": "often GPUs do not reach each other's memory although the driver says that they do: switch the IOMMU off "
+    "or boot with iommu=pt, and switch ACS off on PCIe bridges; NCCL_P2P_DISABLE=1 keeps NCCL without it, slower",
+    "nccl-no-p2p": "this is NCCL with NCCL_P2P_DISABLE=1, so it is not access to memory of other GPUs that fails; "
+    "NCCL_DEBUG=INFO says what it does, and a container needs --shm-size=1g or --ipc=host",
 }
+_NAMED = 4
+"""Slow links that a warning lists."""
 _LARGEST_ANSWER = 1 << 20
 
 
@@ -162,7 +171,8 @@ def find_connection(
     """The first transport over which `steps` run without fault, by ranks at `places`.
 
     One that was asked for by name is the only one tried. `device` is the kind that ranks compute on, `own` what
-    connects such devices without the host. `limit` is in seconds, for each. Raises `ConfigError` with
+    connects such devices without the host: its groups and links are timed as well, and a warning names slow ones.
+    `limit` is in seconds, for each. Raises `ConfigError` with
     what failed if none works, or if the ranks cannot get to their places.
     """
     failures: list[str] = []
@@ -174,13 +184,14 @@ def find_connection(
             if failures:
                 logger.warning("preflight: %s; going on with '%s'", failures[-1], kind)
             there = _with_addresses(places) if kind == "tcp" else tuple(places)
+            timing = timed_steps(steps) if own is not None and kind.startswith(own) else []
             with meeting(kind) as rendezvous:
                 check = Check(
                     transport=kind,
                     places=list(there),
                     dtype=dtype,
                     device=device,
-                    steps=list(steps),
+                    steps=[*steps, *timing],
                     limit=limit,
                     rendezvous=rendezvous,
                     wrapper=wrapper,
@@ -189,15 +200,38 @@ def find_connection(
             if verdict.problem is None:
                 works = "preflight: %d ranks exchange data correctly over '%s' (%.1f s)"
                 logger.info(works, len(places), kind, verdict.seconds)
+                settle(slow_links(check.steps, verdict.rates))
                 return Connection(kind, there, tuple(failures))
             if verdict.problem.step == PLACE and verdict.problem.kind == "raised":
                 said = verdict.problem.message.partition(": ")[2]
                 raise ConfigError(f"preflight: rank {verdict.problem.ranks[0]} {said}")
-            hint = f" ({_HINTS[kind]})" if kind in _HINTS else ""
+            hint = f"; {_HINTS[kind]}" if kind in _HINTS else ""
             failures.append(f"transport '{kind}' failed: {explain(verdict.problem, check)}{hint}")
     raise ConfigError(
         f"preflight: no transport connects the {len(places)} ranks: {'; '.join(failures)}; {_remedy(transport)}"
     )
+
+
+def slow_links(steps: Sequence[Step], rates: Mapping[int, float]) -> list[Finding]:
+    """What is much slower than PCIe, of the steps that were timed."""
+    slow = {number: rate for number, rate in rates.items() if rate < SLOW_LINK}
+    if not slow:
+        return []
+    named = [
+        f"{'ranks ' + ', '.join(map(str, members)) if what == 'all_reduce' else f'rank {members[0]} to {members[1]}'}"
+        f" at {rate / 1e9:.1f} GB/s"
+        for number, rate in sorted(slow.items(), key=lambda item: item[1])
+        for what, members in [(steps[number].operation, steps[number].members)]
+    ]
+    more = f", and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    return [
+        Finding(
+            "warning",
+            f"GPUs exchange data much slower than over PCIe of 16 lanes: {'; '.join(named[:_NAMED])}{more}",
+            "nvidia-smi topo -m shows what lies between them, and nvidia-smi -q the lanes of each under load "
+            "(Link Width); `seesaw profile --device cuda` lets the planner choose layouts that send less",
+        )
+    ]
 
 
 def _remedy(transport: str) -> str:
@@ -213,10 +247,12 @@ def _candidates(transport: str, world: int, *, addresses: bool, own: Kind | None
     first = resolve_kind(transport, world=world, addresses=addresses, own=own)
     if transport != "auto" or first == "single":
         return [first]
-    rest = _ORDER[_ORDER.index(first) :]
-    if first != own or not addresses:
-        return list(rest)
-    return [first, *(kind for kind in rest if kind not in (first, "shm"))]  # ranks in networks of their own
+    useless = set()
+    if os.environ.get(_NO_P2P, "0") != "0":
+        useless.add("nccl-no-p2p")  # the first one is no other
+    if first == own and addresses:
+        useless.add("shm")  # ranks in networks of their own
+    return [kind for kind in _ORDER[_ORDER.index(first) :] if kind not in useless]
 
 
 def _with_addresses(places: Sequence[Place]) -> tuple[Place, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,11 @@ from seesaw.transport.base import Transport
 
 _PERIOD = 251
 """A prime, so that the pattern does not repeat at a power of two; integers below it are exact in every type."""
+_EXACT = 256
+"""Up to which bfloat16 has every integer: sums that stay below it are exact in whatever order and however often they
+are rounded on the way, as NCCL rounds them from rank to rank."""
+_REPEATS = 5
+"""Messages or sums in a row that are timed; the first is not counted."""
 
 
 class WrongDataError(Exception):
@@ -31,10 +38,12 @@ def exercise(
     if step.operation in ("barrier", "broadcast") or (step.operation == "send" and step.channel):
         dtype = torch.int64  # as tokens are
     count = max(1, step.bytes // dtype.itemsize)
-    x = _pattern(rank, number, count).to(dtype=dtype, device=device)
+    summed = step.operation in ("barrier", "all_reduce")
+    period = summed_period(len(step.members)) if summed else _PERIOD
+    x = _pattern(rank, number, count, period).to(dtype=dtype, device=device)
     match step.operation:
         case "barrier" | "all_reduce":
-            total = sum(_pattern(member, number, count) for member in step.members)
+            total = sum(_pattern(member, number, count, period) for member in step.members)
             assert isinstance(total, Tensor)
             _compare(transport.all_reduce(x, step.members), total.to(dtype))
         case "gather":
@@ -64,13 +73,41 @@ def _message(transport: Transport, rank: int, number: int, step: Step, x: Tensor
         _compare(transport.receive(x, sender, step.channel), expected)
 
 
-def _pattern(rank: int, number: int, count: int) -> Tensor:
-    """What `rank` puts into step `number`: integers of 0 to 250.
+def summed_period(ranks: int) -> int:
+    """The largest prime of which so many ranks may sum smaller integers, and stay exact; at least 2."""
+    most = max(2, _EXACT // ranks)
+    return next(n for n in range(most, 1, -1) if all(n % i for i in range(2, int(n**0.5) + 1)))
 
-    Sums over ranks are made of integers that float32 holds, and rounded once to the type: so they are exact
-    whatever the order.
+
+def _pattern(rank: int, number: int, count: int, period: int = _PERIOD) -> Tensor:
+    """What `rank` puts into step `number`: integers below `period`."""
+    return (torch.arange(count) * 7 + (rank + 1) * 31 + number * 13) % period
+
+
+def timed(
+    transport: Transport, rank: int, step: Step, dtype: torch.dtype, device: torch.device
+) -> float | None:
+    """Bytes a second at which a step goes several times in a row, as this rank sees it; None on one that sends.
+
+    Of an all-reduce, what each rank sends and receives of a ring: 2 (n - 1)/n of the bytes.
     """
-    return (torch.arange(count) * 7 + (rank + 1) * 31 + number * 13) % _PERIOD
+    x = torch.zeros(max(1, step.bytes // dtype.itemsize), dtype=dtype, device=device)
+    size, times = x.nbytes, []
+    for _ in range(_REPEATS):
+        if step.operation == "all_reduce":
+            transport.all_reduce(x, step.members)
+        elif rank == step.members[0]:
+            transport.send(x, step.members[1], step.channel)
+            continue
+        else:
+            transport.receive(x, step.members[0], step.channel)
+        x[:1].cpu()  # the device is done
+        times.append(time.perf_counter())
+    if not times:
+        transport.flush()
+        return None
+    share = 2 - 2 / len(step.members) if step.operation == "all_reduce" else 1.0
+    return share * size * (len(times) - 1) / max(times[-1] - times[0], 1e-9)
 
 
 def _compare(found: Tensor, expected: Tensor, of: str = "") -> None:

@@ -30,7 +30,7 @@ from seesaw.core.errors import SeesawError
 from seesaw.core.process import die_with_parent
 from seesaw.device.select import open_device
 from seesaw.execution.placement import enter
-from seesaw.preflight.exercise import WrongDataError, exercise
+from seesaw.preflight.exercise import WrongDataError, exercise, timed
 from seesaw.preflight.messages import MEET, PLACE, Check, Problem, Ready, Report, Verdict
 from seesaw.preflight.program import groups_of, links_in
 from seesaw.transport.base import Transport
@@ -73,14 +73,19 @@ def _rank_main(check: Check, rank: int, region: int, positions: _Positions, pipe
         device = open_device(kind.device_name(check.places[rank].device)).torch
         transport = _connect(check, rank, region, device)
         dtype = getattr(torch, check.dtype)
+        rates: dict[int, float] = {}
         for number, step in enumerate(check.steps):
-            if rank in step.members:
-                positions[rank] = number
+            if rank not in step.members:
+                continue
+            positions[rank] = number
+            if not step.timed:
                 exercise(transport, rank, number, step, dtype, device)
+            elif (rate := timed(transport, rank, step, dtype, device)) is not None:
+                rates[number] = rate
         positions[rank] = len(check.steps)
         transport.flush()
         transport.close()
-        report = Report(rank=rank, step=len(check.steps), kind="done")
+        report = Report(rank=rank, step=len(check.steps), kind="done", rates=rates)
     except WrongDataError as error:
         report = Report(rank=rank, step=positions[rank], kind="wrong", message=str(error))
     except Exception as error:
@@ -103,6 +108,7 @@ def _connect(check: Check, rank: int, region: int, device: torch.device) -> Tran
         open_region=lambda: os.dup(region),
         address=check.places[rank].address,
         timeout=_MEETING_SHARE * check.limit,
+        probe=False,  # the steps do, one by one, so that what hangs has a name
     )
     transport = staged_for(transport, device_kind(check.device))
     if check.wrapper:
@@ -204,6 +210,14 @@ class _Ranks:
         ranks = tuple(rank for rank, step in stuck.items() if step == first)
         return Problem(kind="hung", step=first, ranks=ranks)
 
+    def rates(self) -> dict[int, float]:
+        """Of each step that was timed, what the slowest rank saw."""
+        found: dict[int, float] = {}
+        for report in self.reports.values():
+            for step, rate in report.rates.items():
+                found[step] = min(rate, found.get(step, rate))
+        return found
+
     def end(self) -> None:
         """Kill and reap what is left."""
         for pid, pidfd in zip(self.pids, self.pidfds, strict=True):
@@ -233,7 +247,7 @@ def _attempt(check: Check, control: socket.socket) -> Verdict:
         problem = Problem(kind="raised", step=MEET, ranks=(), message=str(error))
     finally:
         ranks.end()
-    return Verdict(problem=problem, seconds=time.monotonic() - started)
+    return Verdict(problem=problem, seconds=time.monotonic() - started, rates=ranks.rates())
 
 
 def _serve(control: socket.socket) -> None:

@@ -22,6 +22,8 @@ class Step(msgspec.Struct, frozen=True):
     """Ranks in the order of the group; of `send`, sender and receiver."""
     bytes: int
     channel: int = 0
+    timed: bool = False
+    """Whether it is there for its speed: what arrives is not looked at."""
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +52,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Number of the step it was at; `PLACE` or `MEET`; the number of steps if it came through."""
     kind: Literal["done", "wrong", "raised"]
     message: str = ""
+    rates: dict[int, float] = {}
+    """Bytes a second by the number of a step that was timed."""
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +72,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     problem: Problem | None
     seconds: float
+    rates: dict[int, float] = {}
+    """Of steps that were timed, by their number: bytes a second of the slowest rank."""
 
 
 class Ready(msgspec.Struct, frozen=True):

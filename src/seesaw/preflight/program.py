@@ -12,6 +12,8 @@ from seesaw.weights.sharding import Sharding, rank_view
 
 SMALL, MIDDLE, LARGE = 64, 40 << 10, 1 << 20
 """Bytes of a message: a few tokens; just past where an all-reduce takes two rounds; a micro-batch of prefill."""
+TIMED = 16 << 20
+"""Bytes of a message whose speed is measured: several milliseconds on PCIe."""
 ROUNDS = 4
 """How often small messages go: what one leaves behind shows in the next."""
 
@@ -33,6 +35,16 @@ def steps_of(spec: ModelSpec, shardings: Sequence[Sharding]) -> list[Step]:
             ]
         steps += [Step("send", (sender, receiver), size, channel) for sender, receiver, channel in links]
     return [*steps, barrier]
+
+
+def timed_steps(steps: Iterable[Step]) -> list[Step]:
+    """One for each group and each link of `steps`, to tell how fast they are."""
+    found = dict.fromkeys(
+        (step.operation, step.members, step.channel)
+        for step in steps
+        if step.operation in ("all_reduce", "send")
+    )
+    return [Step(operation, members, TIMED, channel, timed=True) for operation, members, channel in found]
 
 
 def groups_of(steps: Iterable[Step]) -> list[tuple[int, ...]]:

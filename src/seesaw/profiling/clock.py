@@ -73,21 +73,32 @@ def own_clock(by_clock: bool) -> Callable[[], float]:
     return time.perf_counter if by_clock else time.thread_time
 
 
-def together(call: Call, agree: Callable[[int], int], span: Span, before: Call | None = None) -> float:
+def together(
+    call: Call,
+    agree: Callable[[int], int],
+    span: Span,
+    before: Call | None = None,
+    settle: Call | None = None,
+) -> float:
     """Of a call that several ranks make in step. `agree` returns one rank's number on all of them, and lets them
-    begin at about the same time; `before` is called before each, out of the count."""
-    call()
-    started = time.perf_counter()
-    call()
-    once = max(time.perf_counter() - started, 1e-7)
+    begin at about the same time; `before` is called before each, out of the count. `settle` waits for a device that
+    runs behind, after as many calls in a row as fill a window."""
+
+    def several(count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        if settle is not None:
+            settle()
+        return time.perf_counter() - started
+
+    several(1)
+    once = max(several(1), 1e-7)
     count = agree(16 if before else max(1, min(1000, round(span.window / once))))
     found: list[float] = []
     while agree(not found or time.monotonic() < span.end):
         if before is None:
-            started = time.perf_counter()
-            for _ in range(count):
-                call()
-            found.append((time.perf_counter() - started) / count)
+            found.append(several(count) / count)
         else:
             found += [_after(before, call) for _ in range(count)]
     return _quantile(found, by_clock=True)

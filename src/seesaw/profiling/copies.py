@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Literal, cast
 
@@ -12,7 +13,7 @@ import torch
 from seesaw.core.devices import kind_of
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType, ModelSpec, RopeSpec
-from seesaw.kv.transfers import swap_in, swap_out
+from seesaw.kv.transfers import SlabCopy, swap_in, swap_out
 from seesaw.profiling.clock import Call
 from seesaw.profiling.operands import Operands
 from seesaw.profiling.operators import BLOCK_SIZE, Heads
@@ -36,14 +37,15 @@ _SPEC = ModelSpec(
     rms_eps=1e-5,
     rope=RopeSpec(),
 )
-"""Whose weights change."""
+_DEVICE_SPEC = replace(_SPEC, layers=1, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336)
+"""Whose weights change; on accelerators of some 600 MB, beside which a few launches do not count."""
 
 
 def copy_calls(
-    operands: Operands, host: Operands, kind: Kind, dtype: str, heads: Heads
+    operands: Operands, host: Operands, kind: Kind, dtype: str, heads: Heads, copy: SlabCopy | None = None
 ) -> tuple[list[Call], int]:
     """Calls that copy blocks of KV, and the bytes of each: an eighth of all at a time, in random order, as sequences
-    come and go. `operands` are the rank's, `host` lies in host memory."""
+    come and go. `operands` are the rank's, `host` lies in host memory; `copy` is how a device reaches that."""
     element: torch.dtype = getattr(torch, dtype)
     block = (_LAYERS, 2, heads.kv, BLOCK_SIZE, heads.dim)
     size = torch.Size(block).numel() * element.itemsize
@@ -52,26 +54,10 @@ def copy_calls(
     (buffer,) = host.cut((count, *block), element, most=1)
     pairs = torch.stack([torch.randperm(count), torch.randperm(count)], dim=1)
     parts = [part.contiguous() for part in pairs.chunk(min(8, count))]
-    if not kind_of(operands.device).on_host:
-        return _through_index(pool, buffer, parts[0], kind), len(parts[0]) * size
     swap = swap_out if kind == "to_host" else swap_in
-    move = partial(swap, pool, buffer, layers=range(_LAYERS), kv_heads=range(heads.kv))
+    move = partial(swap, pool, buffer, layers=range(_LAYERS), kv_heads=range(heads.kv), copy=copy)
     equal = [part for part in parts if len(part) == len(parts[0])]
     return [partial(move, part) for part in equal], len(parts[0]) * size
-
-
-def _through_index(pool: torch.Tensor, buffer: torch.Tensor, part: torch.Tensor, kind: Kind) -> list[Call]:
-    """Blocks gathered on an accelerator and copied in one piece, from or to pinned memory."""
-    chosen = part[:, 0].to(pool.device)
-    near = buffer[: len(part)]
-
-    def out() -> None:
-        near.copy_(pool.index_select(0, chosen), non_blocking=True)
-
-    def back() -> None:
-        pool.index_copy_(0, chosen, near.to(pool.device, non_blocking=True))
-
-    return [out if kind == "to_host" else back]
 
 
 @contextmanager
@@ -82,9 +68,10 @@ def reshard_seconds(
     seconds of one way: of what is copied within the rank where it gives half away, of what is fetched from the host
     where it gets it back."""
     element = cast(DType, dtype)
-    whole, half = (make_sharding(_SPEC, Layout.parse(text)) for text in ("D2", "T2"))
-    with HostWeightStore.dummy(_SPEC, element, seed=0) as store:
-        weights = RankWeights(_SPEC, store, element, 0, device=device)
+    spec = _SPEC if kind_of(device).on_host else _DEVICE_SPEC
+    whole, half = (make_sharding(spec, Layout.parse(text)) for text in ("D2", "T2"))
+    with HostWeightStore.dummy(spec, element, seed=0) as store:
+        weights = RankWeights(spec, store, element, 0, device=device)
         weights.load(whole)
 
         def change(target: Sharding) -> tuple[float, TransitionStats]:

@@ -16,10 +16,7 @@ from seesaw.core.devices import device_kind
 from seesaw.core.hardware import Curve, HardwareSpec, TypeCurves
 from seesaw.core.model_spec import DTYPE_BYTES
 from seesaw.profiling.tasks import (
-    ACTIVATION_ROWS,
-    DECODES,
     LINK_SIZES,
-    PREFILLS,
     ROWS,
     STEP_LAYERS,
     Sizes,
@@ -38,6 +35,8 @@ from seesaw.profiling.tasks import (
 )
 
 Times = Mapping[Task, float]
+_LAYER_OPERATORS, _STEP_OPERATORS = 10, 1
+"""As `planning.cost` counts them: four products, attention and five small ones; the LM head."""
 _LEAST_PART = 0.2
 """Of a call's time that is left to its work, however much the fit of its overheads says."""
 
@@ -87,12 +86,12 @@ class _Fit:
         heads, kv_heads, dim = self.sizes.heads
         each = (heads * query + kv_heads * kv) * dim
         prefill: dict[float, float] = {}
-        for count, tokens in PREFILLS:
+        for count, tokens in self.sizes.prefills:
             seconds = self.times[attention(dtype, self.sizes.heads, count, tokens, tokens)]
             flops = count * _flops(self.sizes.heads, tokens)
             prefill[flops] = flops / self.work(seconds, count * tokens * each) / self.flops[dtype]
         decode: dict[float, float] = {}
-        for count, tokens in DECODES:
+        for count, tokens in self.sizes.decodes:
             seconds = self.times[attention(dtype, self.sizes.heads, count, tokens, 1)]
             moved = 2.0 * kv_heads * dim * DTYPE_BYTES[dtype] * count * tokens
             decode[moved] = moved / self.work(seconds, count * each) / self.bandwidth
@@ -109,7 +108,7 @@ class _Fit:
         rows = []
         for heads in (self.sizes.heads, self.sizes.fewer_kv):
             query, kv, dim = heads
-            for count, tokens in PREFILLS:
+            for count, tokens in self.sizes.prefills:
                 seconds = self.times[attention(dtype, heads, count, tokens, tokens)] - self.overhead
                 fed = count * tokens * dim
                 parts = (fed * query, fed * kv, count * _flops(heads, tokens))
@@ -121,7 +120,7 @@ class _Fit:
 def fit(times: Times, ranks: int, dtypes: Sequence[str], device: str, box: Box) -> HardwareSpec:
     """The node whose measured times these are; `times` has every task of `all_tasks` but those of slow links."""
     sizes, first = sizes_for(device), dtypes[0]
-    of_layer, of_step = _overheads(times, first)
+    of_layer, of_step = _overheads(times, first, device)
     found = _Fit(times, sizes, overhead=times[tiny(first)])
     found.bandwidth = max(found.rate(dtype, 1)[1] for dtype in dtypes)
     found.flops = {dtype: max(found.rate(dtype, rows)[0] for rows in ROWS) for dtype in dtypes}
@@ -160,12 +159,20 @@ def fit(times: Times, ranks: int, dtypes: Sequence[str], device: str, box: Box) 
     )
 
 
-def _overheads(times: Times, dtype: str) -> tuple[float, float]:
-    """Of a layer and of a step beside their operators, from models of few and of many layers."""
+def _overheads(times: Times, dtype: str, device: str) -> tuple[float, float]:
+    """Of a layer and of a step beside their operators, from models of few and of many layers.
+
+    Where the host runs ahead, their steps were measured whole, and their operators have next to nothing to do: what
+    each costs anyhow comes off.
+    """
     few, many = STEP_LAYERS
     of_few, of_many = times[step(few, dtype)], times[step(many, dtype)]
     of_layer = max(of_many - of_few, 0.0) / (many - few)
-    return of_layer, max(of_few - few * of_layer, 0.1 * of_few)
+    of_step = max(of_few - few * of_layer, 0.1 * of_few)
+    if device_kind(device).runs_behind:
+        each = times[tiny(dtype)]
+        return max(of_layer - _LAYER_OPERATORS * each, 0.0), max(of_step - _STEP_OPERATORS * each, 0.0)
+    return of_layer, of_step
 
 
 def _activation_bandwidth(found: _Fit, dtype: str) -> float:
@@ -173,7 +180,7 @@ def _activation_bandwidth(found: _Fit, dtype: str) -> float:
     sizes, (query, kv, dim) = found.sizes, found.sizes.heads
     width = 8 * sizes.hidden + 3 * (query + 2 * kv) * dim + 3 * sizes.ffn
     seconds = found.work(found.times[activations(dtype, sizes)], 3 * found.overhead)
-    return ACTIVATION_ROWS * width * DTYPE_BYTES[dtype] / seconds
+    return sizes.activation_rows * width * DTYPE_BYTES[dtype] / seconds
 
 
 def _all_reduces(times: Times, ranks: int, dtype: str) -> dict[int, Curve]:

@@ -72,12 +72,9 @@ class Links:
         def agree(number: int) -> int:
             return int(self.transport.broadcast(torch.tensor([number], device=self.device), members))
 
-        def whole() -> None:
-            call(members)
-            if kind_of(self.device).runs_behind:
-                torch.accelerator.synchronize()
-
-        return together(whole, agree, span, before)
+        if kind_of(self.device).runs_behind:  # caches hardly matter there, and waiting for the device does
+            return together(lambda: call(members), agree, span, settle=torch.accelerator.synchronize)
+        return together(lambda: call(members), agree, span, before)
 
     def _tensor(self, count: int, dtype: str) -> Tensor:
         element: torch.dtype = getattr(torch, dtype)

@@ -31,11 +31,13 @@ class NodeOptions:
     """How ranks are started."""
 
     device: str = "cpu"
-    """`cpu` or `cuda`; then rank i has device i."""
+    """`cpu` or `cuda`; then rank i has device i, unless its place has another."""
     threads: int = 1
     transport: str = "auto"
     memory: int = 256 << 20
     """Bytes that each rank cuts operands from: well beyond any cache."""
+    host_memory: int = 256 << 20
+    """Bytes of host memory beside each rank, for copies of KV."""
 
 
 class Node:
@@ -92,13 +94,16 @@ class Node:
                 rank=rank,
                 world=self.world,
                 place=place,
-                device=device_kind(options.device).device_name(rank),
+                device=device_kind(options.device).device_name(
+                    rank if place.device is None else place.device
+                ),
                 threads=options.threads,
                 transport=kind,
                 transport_region=region,
                 rendezvous=folder,
                 group_sizes=group_sizes,
                 memory=options.memory,
+                host_memory=options.host_memory,
             )
             ranks.append(self._start_rank(config, guard, Path(folder)))
         return ranks

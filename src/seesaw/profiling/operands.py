@@ -16,10 +16,10 @@ accelerators that save power by it."""
 class Operands:
     """`size` bytes on `device`, seen as random numbers of one type after another. Nothing owns its cuts."""
 
-    def __init__(self, size: int, device: str, *, pinned: bool = False) -> None:
+    def __init__(self, size: int, device: str) -> None:
         self.device = device
         self.bytes = size
-        self._bytes = torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self._dtype: torch.dtype | None = None
 
     def cut(self, shape: tuple[int, ...], dtype: torch.dtype, most: int | None = None) -> list[Tensor]:
@@ -35,7 +35,7 @@ class Operands:
         return [_split(whole, shapes) for whole in self.cut((each,), dtype)]
 
     def _numbers(self, dtype: torch.dtype) -> Tensor:
-        numbers = self._bytes.view(dtype)
+        numbers = self.memory.view(dtype)
         if dtype != self._dtype:
             self._dtype = dtype
             pattern = (torch.randn(_PATTERN, device=self.device) * 0.1).to(dtype)

@@ -19,6 +19,8 @@ from seesaw.core.devices import kind_of
 from seesaw.core.node import Place
 
 if TYPE_CHECKING:
+    from seesaw.kv.registered import HostRegistration
+    from seesaw.kv.transfers import SlabCopy
     from seesaw.profiling.clock import Span
     from seesaw.profiling.links import Links
 
@@ -38,6 +40,8 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     group_sizes: list[int]
     memory: int
     """Bytes that operands are cut from."""
+    host_memory: int
+    """Bytes of host memory that KV is copied to and from."""
 
 
 Measurement = Callable[["Span"], float | None]
@@ -45,7 +49,10 @@ _WINDOW, _LONG_WINDOW = 0.002, 0.016
 """Seconds. The long one is for ranks in control groups: it lasts several periods of a quota that these may have, so
 that it holds its share of their pauses."""
 _AFTER_OTHERS = ("attention", "activations", "tiny")
-"""What is measured as it is found in a step: after an operator that needed the caches."""
+"""What is measured as it is found in a step: after an operator that needed the caches. Not on devices that run
+behind, where a call alone would be measured with its launch."""
+_IN_A_GRAPH = 32
+"""How often tiny operators are in one graph."""
 _LEAD = 0.003
 """Seconds from being told to measure until all ranks have begun."""
 
@@ -54,11 +61,14 @@ class Rank:
     """Prepares measurements. Makes the transport when all ranks ask for a link, and memory at first use."""
 
     def __init__(self, config: RankConfig) -> None:
+        from seesaw.device.select import open_device
         from seesaw.profiling.operands import Operands
 
         self._config = config
+        self._device = open_device(config.device)
         self._operands = Operands(config.memory, config.device)
-        self._host = Operands(config.memory, "cpu", pinned=kind_of(config.device).pins_memory)
+        self._host = Operands(config.host_memory, "cpu")
+        self._registration: HostRegistration | None = None
         self._links: Links | None = None
         self._stack = ExitStack()
         """What the measurement prepared holds."""
@@ -77,7 +87,7 @@ class Rank:
         if op == "step":
             from seesaw.profiling.steps import step_rest
 
-            step = step_rest(device=self._config.device, clock=own_clock(self._by_clock), **arguments)
+            step = step_rest(place=self._device, clock=own_clock(self._by_clock), **arguments)
             rest = self._stack.enter_context(step)
             return lambda span: told(rest, span)
         if op == "reshard":
@@ -88,8 +98,12 @@ class Rank:
             )
             change = self._stack.enter_context(changes)
             return lambda span: told(change, span)
-        others = self._evicting(arguments["dtype"]) if op in _AFTER_OTHERS else None
+        behind = kind_of(self._config.device).runs_behind
+        others = self._evicting(arguments["dtype"]) if op in _AFTER_OTHERS and not behind else None
         calls, amount = self._calls(op, arguments)
+        if behind:
+            calls[0]()  # kernels are compiled and libraries loaded before time counts
+            self._device.compute.record().wait()
         return lambda span: seconds_per_call(calls, self._config.device, span, others) / amount
 
     def span(self, told: float, budget: float) -> Span:
@@ -106,6 +120,9 @@ class Rank:
         self._stack.close()
         if self._links is not None:
             self._links.transport.close()
+        if self._registration is not None:
+            self._registration.close()
+        self._device.close()
 
     @property
     def _by_clock(self) -> bool:
@@ -127,9 +144,30 @@ class Rank:
             case "activations":
                 return operators.activation_calls(self._operands, **arguments), 1
             case "tiny":
-                return operators.tiny_calls(self._operands, **arguments), 1
+                return self._tiny(operators.tiny_calls(self._operands, **arguments))
             case _:
-                return copies.copy_calls(self._operands, self._host, **arguments)
+                reach = self._reach_host()
+                return copies.copy_calls(self._operands, self._host, **arguments, copy=reach)
+
+    def _tiny(self, calls: list[Callable[[], object]]) -> tuple[list[Callable[[], object]], int]:
+        """On devices that run behind what an operator costs there, launched ahead as in a decode graph: what it costs
+        the host is part of a step."""
+        if not kind_of(self._config.device).runs_behind:
+            return calls, 1
+        from seesaw.device.capture import captured
+
+        many = calls * _IN_A_GRAPH
+        return [captured(many, self._config.device)], len(many)
+
+    def _reach_host(self) -> SlabCopy | None:
+        """How the device copies to and from host memory, as in the engine: that is registered with it, once."""
+        if not kind_of(self._config.device).pins_memory:
+            return None
+        if self._registration is None:
+            from seesaw.kv.registered import HostRegistration
+
+            self._registration = HostRegistration(self._host.memory, "host memory of the profile")
+        return self._registration.copy_slabs
 
     def _evicting(self, dtype: str) -> Callable[[], object]:
         from seesaw.profiling.operators import evicting

@@ -24,7 +24,9 @@ COPIES = ("to_host", "to_device")
 """Of KV."""
 CHANGES = ("within", "fetch")
 """Of weights: copies within a rank, and from the host."""
-ACTIVATION_ROWS = 256
+DEVICE_PREFILLS = ((16, 128), (4, 512), (2, 1024), (1, 2048), (2, 2048), (1, 8192))
+DEVICE_DECODES = ((1, 256), (4, 256), (16, 512), (64, 512), (128, 1024), (256, 1024))
+"""The same on accelerators."""
 STEP_LAYERS = (2, 10)
 """Of the two models whose steps are compared: their difference is what layers cost, the rest is the step's."""
 
@@ -63,6 +65,9 @@ class Sizes:
     """The same with fewer KV heads, which tells their part."""
     hidden: int
     ffn: int
+    prefills: tuple[tuple[int, int], ...] = PREFILLS
+    decodes: tuple[tuple[int, int], ...] = DECODES
+    activation_rows: int = 256
 
 
 def sizes_for(device: str) -> Sizes:
@@ -81,6 +86,9 @@ def sizes_for(device: str) -> Sizes:
         fewer_kv=(32, 2, 128),
         hidden=4096,
         ffn=14336,
+        prefills=DEVICE_PREFILLS,
+        decodes=DEVICE_DECODES,
+        activation_rows=2048,
     )
 
 
@@ -91,7 +99,7 @@ def group_sizes(ranks: int) -> list[int]:
 
 
 def step(layers: int, dtype: str) -> Task:
-    """A decode step of a small model, without its operators."""
+    """A decode step of a small model; on CPU ranks without its operators."""
     return Task("step", (("layers", layers), ("dtype", dtype)))
 
 
@@ -119,7 +127,7 @@ def attention(dtype: str, heads: tuple[int, int, int], sequences: int, tokens: i
 
 def activations(dtype: str, sizes: Sizes) -> Task:
     """Norms, rotation and SwiGLU of one layer."""
-    arguments = (("dtype", dtype), ("heads", sizes.heads), ("rows", ACTIVATION_ROWS))
+    arguments = (("dtype", dtype), ("heads", sizes.heads), ("rows", sizes.activation_rows))
     return Task("activations", (*arguments, ("hidden", sizes.hidden), ("ffn", sizes.ffn)))
 
 
@@ -150,9 +158,9 @@ def all_tasks(ranks: int, dtypes: Sequence[str], device: str) -> list[Task]:
     tasks = [tiny(first), *(step(layers, first) for layers in STEP_LAYERS)]
     for dtype in dtypes:
         tasks += [product(dtype, rows, sizes) for rows in ROWS]
-        for heads in (sizes.heads, sizes.fewer_kv):
-            tasks += [attention(dtype, heads, count, tokens, tokens) for count, tokens in PREFILLS]
-        tasks += [attention(dtype, sizes.heads, count, tokens, 1) for count, tokens in DECODES]
+        for heads in (sizes.heads, sizes.fewer_kv) if device_kind(device).on_host else (sizes.heads,):
+            tasks += [attention(dtype, heads, count, tokens, tokens) for count, tokens in sizes.prefills]
+        tasks += [attention(dtype, sizes.heads, count, tokens, 1) for count, tokens in sizes.decodes]
     tasks.append(activations(first, sizes))
     tasks += [all_reduce(first, size, count) for size in group_sizes(ranks) for count in LINK_SIZES]
     if ranks > 1:

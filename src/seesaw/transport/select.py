@@ -17,10 +17,12 @@ from seesaw.transport.base import Link, Members, Transport
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["single", "nccl", "shm", "tcp", "gloo"]
+Kind = Literal["single", "nccl", "nccl-no-p2p", "shm", "tcp", "gloo"]
 
-KINDS = ("auto", "nccl", "shm", "tcp", "gloo")
-"""What may be asked for: GPUs among themselves, shared memory, sockets between networks, Gloo, or the best."""
+KINDS = ("auto", "nccl", "nccl-no-p2p", "shm", "tcp", "gloo")
+"""What may be asked for: GPUs among themselves, the same without reaching into each other's memory, shared memory,
+sockets between networks, Gloo, or the best."""
+_BY_NCCL: tuple[Kind, ...] = ("nccl", "nccl-no-p2p")
 
 
 class SingleTransport:
@@ -74,9 +76,14 @@ def resolve_kind(kind: str, *, world: int, addresses: bool, own: Kind | None = N
         return "single"
     if kind == "single":
         raise ConfigError(f"transport: kind 'single' is for one rank, there are {world}")
-    if kind == "nccl" and own != "nccl":
-        raise ConfigError("transport: kind 'nccl' needs a GPU of its own for every rank; without, use 'shm'")
-    if own is not None and kind in ("auto", own):
+    for by_nccl in _BY_NCCL:
+        if kind == by_nccl:
+            if own != "nccl":
+                raise ConfigError(
+                    f"transport: kind {kind!r} needs a GPU of its own for every rank; without, use 'shm'"
+                )
+            return by_nccl
+    if own is not None and kind == "auto":
         return own
     if kind == "tcp" and not addresses:
         raise ConfigError("transport: kind 'tcp' needs an address for every rank; without, use 'shm'")
@@ -118,6 +125,7 @@ def create_transport(
     timeout: float = 60.0,
     links: Sequence[Link] = (),
     device: torch.device | None = None,
+    probe: bool = True,
 ) -> Transport:
     """This rank's end of a transport; all ranks call this with the same `kind`, `world` and `groups`.
 
@@ -125,18 +133,28 @@ def create_transport(
     up. `groups` lists every group of ranks that collectives will name. `open_region` gives a descriptor of the
     region that the control process made, for `shm`: it is closed here. `address` is this rank's own IP address,
     for `tcp`. `links` lists every (source, destination, channel) of messages, and `device` is this rank's own, for
-    `nccl`; the others take tensors in host memory (`staged_for`). Raises `ConfigError`, or `StartupError` if other
-    ranks are not there after `timeout` seconds.
+    `nccl`, which uses each of them once if it is to `probe`; the others take tensors in host memory (`staged_for`).
+    Raises `ConfigError`, or `StartupError` if other ranks are not there after `timeout` seconds.
     """
-    own: Kind | None = "nccl" if kind == "nccl" and device is not None else None
+    own: Kind | None = "nccl" if kind in _BY_NCCL and device is not None else None
     match resolve_kind(kind, world=world, addresses=address is not None, own=own):
         case "single":
             return SingleTransport()
-        case "nccl":
+        case ("nccl" | "nccl-no-p2p") as found:
             from seesaw.transport.nccl import NcclTransport
 
             assert device is not None
-            return NcclTransport(rank, world, rendezvous, groups, links, device=device, timeout=timeout)
+            return NcclTransport(
+                rank,
+                world,
+                rendezvous,
+                groups,
+                links,
+                device=device,
+                timeout=timeout,
+                peer_to_peer=found == "nccl",
+                probe=probe,
+            )
         case "shm":
             from seesaw.transport.shared_memory import SharedMemoryTransport
 
