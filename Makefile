@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := .venv-docs
 
-.PHONY: setup demo test test-all check format bench clean
+.PHONY: setup demo test test-all check format bench docs dist clean
 
 setup: $(STAMP)
 
@@ -42,5 +43,19 @@ format: setup
 bench: setup  ## plans of two ranks on a small model of random weights, in alternating runs, with their floors
 	$(BIN)/seesaw bench --shape tiny --workload 'short decode' --scale 0.5 --plans 'P2->T2 T2 P2 D2'
 
+docs: $(DOCS)/.installed  ## the site, in out/site; the reference is read from the sources, so that torch is not needed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	@echo "The site is in out/site/index.html"
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $$($(PYTHON) -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+dist: setup  ## wheel and sdist, in dist
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(DOCS) out dist

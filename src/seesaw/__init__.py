@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from seesaw.core.request import CompletionOutput, Request, RequestOutput, TextPrompt, TokensPrompt
     from seesaw.llm import LLM
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "LLM",
