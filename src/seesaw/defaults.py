@@ -50,7 +50,7 @@ def default_sampling(
     except RequestError as error:
         raise ModelError(f"{path}: {error}; generation_config='vllm' leaves it aside") from error
     logger.info(
-        "what requests leave open is as the model recommends (%s)",
+        "what requests leave open: %s",
         ", ".join(f"{name} {value}" for name, value in chosen.items()),
     )
     return chosen

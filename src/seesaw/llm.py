@@ -151,11 +151,7 @@ class LLM:
         if prompts is None:
             raise ConfigError("generate: there are no prompts")
         several = cast("Iterable[Prompt]", [prompts] if _is_single(prompts) else prompts)
-        _check_lengths(several, sampling_params)
-        requests = self._make_requests(several, sampling_params)
-        if isinstance(several, Sized):
-            return self._generate_list(list(requests), use_tqdm)
-        return self._in_order(requests, several, use_tqdm)
+        return self._complete(several, several, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -186,11 +182,17 @@ class LLM:
         single = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], Mapping)
         several = cast("Iterable[Sequence[Mapping[str, Any]]]", [messages] if single else messages)
         tokenizer = self._need_tokenizer("chat")
-        rendered = (tokenizer.render_prompt(each, **given) for each in several)
-        prompts: Iterator[Prompt] = ({"prompt": text, "prompt_token_ids": ids} for text, ids in rendered)
-        if isinstance(several, Sized):
-            return self.generate(list(prompts), sampling_params, use_tqdm=use_tqdm)
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+        def rendered() -> Iterator[Prompt | RequestError]:
+            for each in several:
+                try:
+                    text, ids = tokenizer.render_prompt(each, **given)
+                except RequestError as error:
+                    yield error
+                else:
+                    yield {"prompt": text, "prompt_token_ids": ids}
+
+        return self._complete(rendered(), several, sampling_params, use_tqdm)
 
     def run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
         """Serve requests as they are pulled; outputs come as they are finished, failures with `error` set."""
@@ -233,26 +235,40 @@ class LLM:
 
     # ---- requests -----------------------------------------------------------------------------------------
 
-    def _generate_list(self, requests: list[Request], use_tqdm: Bar) -> list[RequestOutput]:
-        outputs = list(self._in_order(iter(requests), requests, use_tqdm))
-        for number, output in enumerate(outputs):
-            if output.error is not None:
-                error = output.error
-                raise RequestError(f"prompt {number}: {error}", code=error.code, param=error.param)
+    def _complete(
+        self,
+        prompts: Iterable[Prompt | RequestError],
+        of: Iterable[object],
+        sampling: SamplingParams | Iterable[SamplingParams] | None,
+        use_tqdm: Bar,
+    ) -> Iterator[RequestOutput] | list[RequestOutput]:
+        """Complete the prompts that were made of the items of `of`; those that are errors are refused with them."""
+        _check_lengths(of, sampling)
+        requests = self._make_requests(prompts, sampling)
+        if not isinstance(of, Sized):
+            return self._in_order(requests, of, use_tqdm)
+        made = list(requests)
+        _raise_refusals(made)  # before any other prompt has taken its time
+        outputs = list(self._in_order(iter(made), made, use_tqdm))
+        _raise_refusals(outputs)
         return outputs
 
     def _in_order(
-        self, requests: Iterator[Request], of: Iterable[object], use_tqdm: Bar
+        self, requests: Iterator[Request | RequestOutput], of: Iterable[object], use_tqdm: Bar
     ) -> Iterator[RequestOutput]:
-        """Outputs in the order of `requests`, which are made of the items of `of`."""
+        """Outputs in the order of `requests`, made of the items of `of`; refusals among them as they are."""
         order: list[str] = []
+        held: dict[str, RequestOutput] = {}
 
         def noted() -> Iterator[Request]:
             for request in requests:
+                if isinstance(request, RequestOutput):
+                    order.append(request.request_id)
+                    held[request.request_id] = request
+                    continue
                 order.append(request.id)
                 yield request
 
-        held: dict[str, RequestOutput] = {}
         position = 0
         total = len(of) if isinstance(of, Sized) else None
         for output in with_bar(self.run(Counted(noted(), of)), total, use_tqdm):
@@ -264,10 +280,14 @@ class LLM:
             if position > 4096:
                 del order[:position]
                 position = 0
+        yield from map(held.pop, order[position:])  # refusals behind the last request
 
     def _make_requests(
-        self, prompts: Iterable[Prompt], sampling: SamplingParams | Iterable[SamplingParams] | None
-    ) -> Iterator[Request]:
+        self,
+        prompts: Iterable[Prompt | RequestError],
+        sampling: SamplingParams | Iterable[SamplingParams] | None,
+    ) -> Iterator[Request | RequestOutput]:
+        """Requests, and outputs for prompts that cannot become any."""
         shared = sampling if isinstance(sampling, SamplingParams) else None
         each = None if sampling is None or shared is not None else iter(sampling)  # type: ignore[arg-type]
         default = self.get_default_sampling_params()
@@ -275,13 +295,18 @@ class LLM:
             params = shared or (default if each is None else next(each, None))
             if params is None:
                 raise ConfigError("generate: there are fewer sampling_params than prompts")
-            text, tokens = self._tokens(prompt)
+            number = str(self._requests)
             self._requests += 1
-            yield Request(
-                id=str(self._requests - 1), prompt=text, prompt_token_ids=tuple(tokens), sampling=params
-            )
+            try:
+                text, tokens = self._tokens(prompt)
+            except RequestError as error:
+                yield RequestOutput(request_id=number, prompt=None, prompt_token_ids=(), error=error)
+            else:
+                yield Request(id=number, prompt=text, prompt_token_ids=tuple(tokens), sampling=params)
 
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+    def _tokens(self, prompt: Prompt | RequestError) -> tuple[str | None, Sequence[int]]:
+        if isinstance(prompt, RequestError):
+            raise prompt
         if isinstance(prompt, Mapping):
             check_prompt(prompt)
             if "prompt_token_ids" in prompt:
@@ -302,6 +327,14 @@ class LLM:
                 f"{what}: the model has no tokeniser; give prompt_token_ids, or pass tokenizer=PATH"
             )
         return self.tokenizer
+
+
+def _raise_refusals(several: Sequence[Request | RequestOutput]) -> None:
+    """Raise the first `RequestError` among them, which names its prompt then."""
+    for number, output in enumerate(several):
+        if isinstance(output, RequestOutput) and output.error is not None:
+            error = output.error
+            raise RequestError(f"prompt {number}: {error}", code=error.code, param=error.param)
 
 
 def _check_lengths(prompts: object, sampling: object) -> None:

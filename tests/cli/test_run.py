@@ -100,6 +100,15 @@ def test_every_option_reaches_the_engine(invoke: Invoke, engine: EchoEngine, tmp
     assert answer["response"]["body"]["model"] == "name"
 
 
+def test_settings_for_rows_that_do_not_say(invoke: Invoke, engine: EchoEngine, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(b'{"prompt": "abc"}\n{"prompt": "abc", "max_tokens": 3, "temperature": 0.5}\n')
+    assert invoke("--max-tokens", "2", "--temperature", "0", input=str(source)).exit_code == 0
+    assert [(r.sampling.max_tokens, r.sampling.temperature) for r in engine.requests] == [(2, 0.0), (3, 0.5)]
+    changed = invoke("--max-tokens", "4", "--temperature", "0", input=str(source))
+    assert changed.exit_code == 2 and "--max-tokens is 4, was 2" in changed.stderr
+
+
 def test_options_are_those_of_the_engine() -> None:
     """No name that the engine does not know, and its defaults where the command has its own."""
     import inspect
@@ -113,7 +122,7 @@ def test_options_are_those_of_the_engine() -> None:
         *("input", "output", "errors", "limit", "served_model_name", "sync_loop", "debug"),
         *("ordered", "retry_errors", "force"),
         *("prompt_column", "id_column", "keep_column"),
-        *("metrics_port", "metrics_host", "generation_config"),
+        *("metrics_port", "metrics_host", "generation_config", "max_tokens", "temperature"),
     }
     same = shared - {"model", "preflight"}  # the command knows the job, by which it chooses what to check
     assert {n: ours[n].default for n in same} == {n: theirs[n].default for n in same}

@@ -126,6 +126,7 @@ def check_names(names: dict[str, list[str]]) -> None:
     assert set(names["LLM"]) <= OWN | init | mapped | set(REFUSED) | set(WITHOUT_EFFECT)
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
     held_back = {"output_kind", "stream_interval", "skip_clone", "spaces_between_special_tokens"}
+    held_back |= {"prompt_logprob_start"}  # `prompt_logprobs_start` here
     internal = {"output_text_buffer_length"}
     assert set(names["SamplingParams"]) - internal <= fields | set(FOREIGN) | held_back
     assert not (set(REFUSED) & set(WITHOUT_EFFECT) or (set(REFUSED) | set(WITHOUT_EFFECT)) & OWN)

@@ -105,3 +105,21 @@ def test_mistakes_are_named() -> None:
         LLM(EXTRACT / "model", max_runing=2)
     with engine("T1") as llm, pytest.raises(RequestError, match=r"prompt 1: .*vocabulary"):
         llm.generate([[1, 2], [10**6]], SamplingParams(temperature=0, max_tokens=2))
+
+
+def test_what_cannot_be_a_prompt_is_refused_in_its_place() -> None:
+    """It may come from anywhere in an iterator of millions, and must not take the others with it."""
+    params = SamplingParams(temperature=0, max_tokens=3)
+    chats = messages(2)
+    broken = [{"role": "user", "content": None}]
+    with engine("T1") as llm:
+        given = [broken, chats[0], broken, chats[1], broken]
+        found = list(llm.chat(iter(given), params))
+        assert [output.error is None for output in found] == [False, True, False, True, False]
+        assert [len(output.outputs) for output in found] == [0, 1, 0, 1, 0]
+        prompts = list(llm.generate(iter([{"text": "a"}, [1, 5, 6]]), params))
+        assert "'prompt' or 'prompt_token_ids'" in str(prompts[0].error) and prompts[1].outputs
+        assert [str(o.error) for o in llm.chat(iter([broken]), params)] == [str(found[0].error)]
+        with pytest.raises(RequestError, match="prompt 2: "):
+            llm.chat([chats[0], chats[1], broken], params)
+        assert len(list(llm.chat(chats, params))) == 2  # the engine goes on

@@ -341,3 +341,14 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(suffix: str, tmp_pat
     target.with_name(target.name + ".finishing").rmdir()
     finish(iter([answer("a", "x")]), target)
     assert sorted(p.name for p in tmp_path.iterdir()) == [target.name]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [[0.0, False], [True, 1], [[0.5, True]], [[1], [False]], [{"a": 0.0}, {"a": False}]],
+)
+def test_truth_is_no_number(cells: list[Any], tmp_path: Path) -> None:
+    """pyarrow takes False among numbers for 0."""
+    path = tmp_path / "a.parquet"
+    write(path, [answer(f"r{i}", "a", extra={"c": cell}) for i, cell in enumerate(cells)])
+    assert all(same(cell, row["c"]) for cell, row in zip(cells, table_of(path), strict=True))

@@ -59,6 +59,8 @@ def run(
     load_format: opt.LoadFormat = "auto",
     served_model_name: opt.ServedModelName = None,
     generation_config: opt.GenerationConfig = "auto",
+    max_tokens: opt.MaxTokens = None,
+    temperature: opt.Temperature = None,
     plan: opt.PlanText = "auto",
     ranks: opt.Ranks = None,
     device: opt.Device = "auto",
@@ -105,11 +107,13 @@ def run(
         }
         inputs = find_inputs(input)
         folder = find_model(model)
-        defaults = default_sampling(folder, generation_config)
+        own = {} if temperature is None else {"temperature": temperature}
+        defaults = default_sampling(folder, generation_config, own)
     job = JobOptions(
         input=inputs,
         model_folder=folder,
         sampling_defaults=defaults,
+        max_tokens=max_tokens,
         keep_columns=tuple(keep_column or ()),
         **{name: given[name] for name in _OF_THE_JOB},
         settings={
@@ -118,6 +122,8 @@ def run(
             "seed": seed,
             "max-model-len": max_model_len,
             "generation-config": generation_config,
+            "max-tokens": max_tokens,
+            "temperature": temperature,
         },
     )
     raise typer.Exit(_run(job, engine_options, (metrics_host, metrics_port), debug=debug))

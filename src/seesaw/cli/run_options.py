@@ -135,6 +135,18 @@ GenerationConfig = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Most tokens of an answer, of rows that do not say.", min=1, metavar="N", rich_help_panel=_MODEL
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="Of rows that do not say; 0 is greedy.", min=0.0, max=100.0, metavar="X", rich_help_panel=_MODEL
+    ),
+]
 PlanText = Annotated[
     str,
     typer.Option(

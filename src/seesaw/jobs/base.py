@@ -141,6 +141,8 @@ class JobOptions:
     """Name of the model, written into every answer."""
     model_folder: Path | None = None
     """Where the model lies, if that is not its name."""
+    max_tokens: int | None = None
+    """Of rows that do not say."""
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `SamplingParams` where a row leaves them open."""
     served_model_name: str | None = None

@@ -104,10 +104,11 @@ class RequestMaker:
         max_model_len: int,
         names: ModelNames,
         defaults: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
     ) -> None:
-        """`defaults` are arguments of `SamplingParams` where a row leaves them open."""
+        """`defaults` are arguments of `SamplingParams` where a row leaves them open; `max_tokens` goes before."""
         self._encoder, self._longest, self._names = encoder, max_model_len, names
-        self._defaults = dict(defaults or {})
+        self._defaults, self._max_tokens = dict(defaults or {}), max_tokens
         self._settings: dict[object, _Settings] = {}
         """By what they are made of: most rows of a job have the same."""
 
@@ -119,8 +120,8 @@ class RequestMaker:
     def draft(self, row: Row) -> Draft:
         """All of `make` but the tokenising: cheap, and to be called in the order of the rows. Raises `RequestError`.
 
-        `max_tokens` is 16 where a completion does not set it; of a chat it is what the job has for a default, or
-        what the context leaves.
+        `max_tokens` is the job's where a row does not set it. Without one it is 16 of a completion, and of a chat
+        what the model recommends, or what the context leaves.
         """
         # Sampling is checked before the prompt, whoever encodes that: a row has the same error either way.
         settings = self._known_settings(row)
@@ -165,8 +166,10 @@ class RequestMaker:
         fields = read_fields(row.endpoint, given, plain=row.plain)
         if fields.model is not None:
             self._names.check(fields.model)
-        longest = self._defaults.get("max_tokens", self._longest)
-        longest = longest if row.endpoint is Endpoint.CHAT else _DEFAULT_MAX_TOKENS
+        longest = self._max_tokens
+        if longest is None:
+            chat = row.endpoint is Endpoint.CHAT
+            longest = self._defaults.get("max_tokens", self._longest) if chat else _DEFAULT_MAX_TOKENS
         sampling = SamplingParams(**(self._defaults | {"max_tokens": longest} | fields.sampling))
         return _Settings(sampling, fields.template, fields.model)
 

@@ -235,7 +235,11 @@ class _Run:
         """The requests of all rows that are not done. Here rows become requests."""
         names = ModelNames(self.options.model, self.options.served_model_name)
         maker = RequestMaker(
-            self.engine.tokenizer, self.engine.max_model_len, names, self.options.sampling_defaults
+            self.engine.tokenizer,
+            self.engine.max_model_len,
+            names,
+            self.options.sampling_defaults,
+            self.options.max_tokens,
         )
         pool = encoder_pool(self.engine.tokenizer, spare_processes(self.engine.busy_cores))
         with EncodedRows(self._undone(maker, pool), maker, pool) as self._encoded:

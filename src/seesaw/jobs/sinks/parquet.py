@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class ParquetSink(TableSink):
     def _widen(self, name: str, cells: list[Any]) -> None:
         """Make the type of a column hold `cells` as well."""
         if name in self._mixed:
+            return
+        if _mixes_truth(cells):
+            self._give_up(name)
             return
         before = self._types.get(name, pa.null())
         try:
@@ -138,6 +141,20 @@ class ParquetSink(TableSink):
 
 def _open(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(path, schema, compression="zstd")
+
+
+def _mixes_truth(cells: Iterable[Any]) -> bool:
+    """Whether booleans stand among numbers, which pyarrow takes for numbers too: also in lists, or fields of objects,
+    of one place."""
+    kinds = {type(cell) for cell in cells}
+    if bool in kinds and kinds & {int, float}:
+        return True
+    nested = [item for cell in cells if isinstance(cell, list) for item in cell]
+    objects = [cell for cell in cells if isinstance(cell, dict)]
+    fields = {name for item in objects for name in item}
+    return (bool(nested) and _mixes_truth(nested)) or any(
+        _mixes_truth([item[name] for item in objects if name in item]) for name in fields
+    )
 
 
 def _storable(data_type: pa.DataType) -> bool:
