@@ -11,8 +11,6 @@ from typer.testing import CliRunner
 from seesaw.cli.main import app
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout
-from seesaw.device.capture import captured
-from seesaw.device.cuda import CudaDevice
 from seesaw.planning.at_hand import node_at_hand
 from seesaw.planning.cost import LayoutCost, Work
 from seesaw.planning.shapes import shape
@@ -47,16 +45,3 @@ def test_the_planner_reads_what_gpus_were_measured_with(
     cost = LayoutCost(shape("Llama-3.1-8B"), found, Layout(tp=ranks), [32])
     step = cost.stage(0, Work(tokens=64, sampled=64, keys=64 * 1024.0))
     assert 0 < step.seconds < 10
-
-
-def test_captured_work_is_done_again_at_every_call() -> None:
-    device = CudaDevice("cuda:0")
-    x = torch.zeros(1000, device=device.torch)
-    again = captured([lambda: x.add_(1.0)] * 3, "cuda:0")
-    device.compute.record().wait()
-    x.zero_()
-    for _ in range(5):
-        again()
-    device.compute.record().wait()
-    assert torch.equal(x.cpu(), torch.full((1000,), 15.0))
-    device.close()

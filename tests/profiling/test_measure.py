@@ -12,7 +12,6 @@ import torch
 from seesaw.bench.process import ContestantError
 from seesaw.core.devices import CUDA
 from seesaw.core.node import Place, places_on_cores
-from seesaw.device.capture import captured
 from seesaw.device.cpu import CpuDevice
 from seesaw.profiling import clock, copies, steps
 from seesaw.profiling.links import all_groups, groups_of
@@ -118,14 +117,6 @@ def test_calls_in_a_row_are_settled_once() -> None:
     span = clock.Span(start=0.0, end=0.0, window=0.001, by_clock=True)
     clock.together(lambda: done.append("call"), lambda n: min(n, 3), span, settle=lambda: done.append("wait"))
     assert done == ["call", "wait"] * 2 + ["call", "call", "call", "wait"]
-
-
-def test_work_is_captured_only_where_the_host_runs_ahead() -> None:
-    done: list[int] = []
-    again = captured([lambda: done.append(1), lambda: done.append(2)], "cpu")
-    assert done == []
-    again()
-    assert done == [1, 2]
 
 
 def test_a_step_is_measured_whole_where_the_host_runs_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

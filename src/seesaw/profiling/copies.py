@@ -13,7 +13,7 @@ import torch
 from seesaw.core.devices import kind_of
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType, ModelSpec, RopeSpec
-from seesaw.device.select import open_device
+from seesaw.device.base import Device
 from seesaw.kv.transfers import SlabCopy, swap_in, swap_out
 from seesaw.profiling.clock import Call
 from seesaw.profiling.operands import Operands
@@ -63,17 +63,17 @@ def copy_calls(
 
 @contextmanager
 def reshard_seconds(
-    kind: Kind, dtype: str, device: str, clock: Callable[[], float]
+    kind: Kind, dtype: str, place: Device, clock: Callable[[], float]
 ) -> Iterator[Callable[[], float]]:
     """A function that changes a rank's weights between one rank's shards and half of them, and tells a byte's
     seconds of one way: of what is copied within the rank where it gives half away, of what is fetched from the host
     where it gets it back."""
     element = cast(DType, dtype)
-    spec = _SPEC if kind_of(device).on_host else _DEVICE_SPEC
+    spec = _SPEC if kind_of(place.name).on_host else _DEVICE_SPEC
     whole, half = (make_sharding(spec, Layout.parse(text)) for text in ("D2", "T2"))
     with (
         HostWeightStore.dummy(spec, element, seed=0) as store,
-        closing(RankWeights(spec, store, element, 0, device=open_device(device))) as weights,
+        closing(RankWeights(spec, store, element, 0, device=place)) as weights,
     ):
         weights.load(whole)
 

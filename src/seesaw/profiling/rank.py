@@ -93,9 +93,7 @@ class Rank:
         if op == "reshard":
             from seesaw.profiling.copies import reshard_seconds
 
-            changes = reshard_seconds(
-                device=self._config.device, clock=own_clock(self._by_clock), **arguments
-            )
+            changes = reshard_seconds(place=self._device, clock=own_clock(self._by_clock), **arguments)
             change = self._stack.enter_context(changes)
             return lambda span: told(change, span)
         behind = kind_of(self._config.device).runs_behind
@@ -152,12 +150,12 @@ class Rank:
     def _tiny(self, calls: list[Callable[[], object]]) -> tuple[list[Callable[[], object]], int]:
         """On devices that run behind what an operator costs there, launched ahead as in a decode graph: what it costs
         the host is part of a step."""
-        if not kind_of(self._config.device).runs_behind:
+        pool = self._device.graph_pool()
+        if pool is None:
             return calls, 1
-        from seesaw.device.capture import captured
-
         many = calls * _IN_A_GRAPH
-        return [captured(many, self._config.device)], len(many)
+        graph = pool.capture(lambda: [call() for call in many])
+        return [graph.replay], len(many)
 
     def _reach_host(self) -> SlabCopy | None:
         """How the device copies to and from host memory, as in the engine: that is registered with it, once."""
