@@ -126,7 +126,7 @@ def steps_of(path: Path, device: CudaDevice) -> tuple[Stage, list[Forward]]:
     """A stage of the whole model over a pool of its own, and decode steps of four sequences, each fed by the last."""
     spec, sharding = load_spec(path), make_sharding(load_spec(path), Layout())
     view, count, blocks = rank_view(spec, sharding, 0), 4, 8
-    weights = RankWeights(spec, HostWeightStore.open(path, spec), "float32", 0, device=device.torch)
+    weights = RankWeights(spec, HostWeightStore.open(path, spec), "float32", 0, device=device)
     weights.load(sharding)
     pool = DevicePool(64 << 20, device.torch)
     pool.view(count * blocks, spec.layers, spec.kv_heads, 16, spec.head_dim, torch.float32)

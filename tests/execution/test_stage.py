@@ -92,7 +92,7 @@ def stages(checkpoint: Path, tp: int, device: Device | None = None) -> list[Stag
     operators = create_operators(device.name, dtype=torch.float32) if behind else TorchOperators()
     for view in views:
         weights = RankWeights(
-            spec, HostWeightStore.open(checkpoint, spec), "float32", view.rank, device=device.torch
+            spec, HostWeightStore.open(checkpoint, spec), "float32", view.rank, device=device
         )
         weights.load(sharding)
         pool = DevicePool(8 << 20, device.torch)

@@ -89,7 +89,8 @@ def _answer(request: Request, index: int, max_model_len: int, seed: int, speaks:
         choices.append(new.choice)
         if new.token in ending and len(tokens) > params.min_tokens:
             finish, stop = "stop", new.token if new.token in params.stop_token_ids else None
-            continue
+            if not params.include_stop_str_in_output:
+                continue
         if tokenizer is None:
             continue
         before, text = len(text), tokenizer.decode(tokens, params.skip_special_tokens)

@@ -197,6 +197,7 @@ def _within(rng: random.Random, model: PlannedModel, plan: Plan) -> Deployment:
     longest = rng.randrange(4, 48)
     options = Options(
         model="toy",
+        device="cpu",
         plan=str(plan),
         max_model_len=longest if rng.random() < 0.75 else None,
         policy=rng.choice((None, rng.choice(POLICIES[plan.separate]))),
@@ -224,7 +225,7 @@ def _within(rng: random.Random, model: PlannedModel, plan: Plan) -> Deployment:
         device_memory=device,
         host_kv=block * host,
         places=tuple(Place(cores=[rank]) for rank in range(plan.world)),
-        measured="simulated",
+        hardware="simulated",
     )
 
 
