@@ -38,9 +38,14 @@ _OF_THE_ENGINE = (
 """Options that the engine takes as they are."""
 _OF_THE_JOB = (
     *("output", "errors", "model", "served_model_name", "prompt_column", "id_column"),
-    *("limit", "ordered", "retry_errors", "force"),
+    *("limit", "ordered", "retry_errors", "force", "max_tokens"),
 )
 """Options that the job takes as they are."""
+_OF_THE_ANSWERS = (
+    *("dtype", "load_format", "seed", "max_model_len"),
+    *("generation_config", "max_tokens", "temperature"),
+)
+"""Options that a job cannot go on under when they change."""
 
 
 def run(
@@ -90,43 +95,37 @@ def run(
     the way.
     """
     given = dict(locals())
+    set_up_logging(debug=debug)
+    with reported(debug=debug):
+        job, engine_options = _read_options(given)
+    raise typer.Exit(_run(job, engine_options, (metrics_host, metrics_port), debug=debug))
+
+
+def _read_options(given: dict[str, Any]) -> tuple[JobOptions, dict[str, Any]]:
+    """What the command was given, as options of the job and of the engine. Raises a `ConfigError`."""
     from seesaw.defaults import default_sampling
+    from seesaw.device.gpus import choose_kind
     from seesaw.hub import find_model
     from seesaw.jobs.base import JobOptions
     from seesaw.jobs.sources.open import find_inputs
 
-    set_up_logging(debug=debug)
-    with reported(debug=debug):
-        from seesaw.device.gpus import choose_kind
-
-        engine_options = {name: given[name] for name in _OF_THE_ENGINE} | {
-            "device": choose_kind(device),
-            "device_memory": _size("--device-memory", device_memory),
-            "host_kv": _size("--host-kv", host_kv),
-            "overlap": not sync_loop,
-        }
-        inputs = find_inputs(input)
-        folder = find_model(model)
-        own = {} if temperature is None else {"temperature": temperature}
-        defaults = default_sampling(folder, generation_config, own)
+    engine_options = {name: given[name] for name in _OF_THE_ENGINE} | {
+        "device": choose_kind(given["device"]),
+        "device_memory": _size("--device-memory", given["device_memory"]),
+        "host_kv": _size("--host-kv", given["host_kv"]),
+        "overlap": not given["sync_loop"],
+    }
+    folder = find_model(given["model"])
+    asked = {} if given["temperature"] is None else {"temperature": given["temperature"]}
     job = JobOptions(
-        input=inputs,
+        input=find_inputs(given["input"]),
         model_folder=folder,
-        sampling_defaults=defaults,
-        max_tokens=max_tokens,
-        keep_columns=tuple(keep_column or ()),
+        sampling_defaults=default_sampling(folder, given["generation_config"], asked),
+        keep_columns=tuple(given["keep_column"] or ()),
+        settings={name.replace("_", "-"): given[name] for name in _OF_THE_ANSWERS},
         **{name: given[name] for name in _OF_THE_JOB},
-        settings={
-            "dtype": dtype,
-            "load-format": load_format,
-            "seed": seed,
-            "max-model-len": max_model_len,
-            "generation-config": generation_config,
-            "max-tokens": max_tokens,
-            "temperature": temperature,
-        },
     )
-    raise typer.Exit(_run(job, engine_options, (metrics_host, metrics_port), debug=debug))
+    return job, engine_options
 
 
 def open_engine(model: str, options: dict[str, Any]) -> AbstractContextManager[JobEngine]:
