@@ -14,7 +14,7 @@ from seesaw.core.errors import ConfigError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Plan
 from seesaw.core.node import Place, places_on_cores
-from seesaw.device.gpus import Gpu, choose_kind, default_ranks, has_driver, require_cuda_build, visible_gpus
+from seesaw.device.gpus import Gpu, choose_kind, default_ranks, usable_gpus
 from seesaw.options import Options
 from seesaw.planning.at_hand import node_at_hand, visible_node
 from seesaw.planning.profiles import default_path
@@ -65,11 +65,17 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def take_inventory(dtype: str = "bfloat16") -> Inventory:
-    """Look at everything once. Builds the native kernels if that has not been done (half a minute)."""
+    """Look at everything once. Builds the native kernels if that has not been done (half a minute).
+
+    Raises `ConfigError` if `$SEESAW_DEVICE` asks for GPUs that cannot be used.
+    """
     from seesaw.native.build import load
 
     shm = os.statvfs("/dev/shm")
-    gpus, trouble = _usable_gpus()
+    gpus, trouble = usable_gpus()
+    kind = device_kind(choose_kind("auto"))
+    if kind.numbered and trouble:
+        raise ConfigError(trouble)  # the environment asks for what is not there
     return Inventory(
         host=machine(),
         free_memory=available_memory(),
@@ -77,23 +83,8 @@ def take_inventory(dtype: str = "bfloat16") -> Inventory:
         native=load() is not None,
         gpus=tuple(_seen(gpu) for gpu in gpus),
         no_gpus=trouble,
-        taken=_taken(gpus if not trouble else (), dtype),
+        taken=_taken(kind, gpus if kind.numbered else (), dtype),
     )
-
-
-def _usable_gpus() -> tuple[Sequence[Gpu], str]:
-    """The visible ones, and why they cannot be used."""
-    if not has_driver():
-        return (), "there is no NVIDIA driver here"
-    try:
-        gpus = visible_gpus()
-    except ConfigError as error:
-        return (), str(error)
-    try:
-        require_cuda_build()
-    except ConfigError as error:
-        return gpus, str(error)
-    return gpus, ""
 
 
 def _seen(gpu: Gpu) -> SeenGpu:
@@ -102,8 +93,7 @@ def _seen(gpu: Gpu) -> SeenGpu:
     return SeenGpu(name=gpu.name, memory=gpu.total, free=gpu.free, catalogue=catalogue)
 
 
-def _taken(gpus: Sequence[Gpu], dtype: str) -> Taken:
-    kind = device_kind(choose_kind("auto"))
+def _taken(kind: DeviceKind, gpus: Sequence[Gpu], dtype: str) -> Taken:
     options = Options(model="", device=kind.name)
     ranks = default_ranks(kind.name, gpus=gpus)
     plan = Plan.parse(f"P{ranks}->T{ranks}")

@@ -300,7 +300,7 @@ class LLM:
             try:
                 text, tokens = self._tokens(prompt)
             except RequestError as error:
-                yield RequestOutput(request_id=number, prompt=None, prompt_token_ids=(), error=error)
+                yield RequestOutput(request_id=number, prompt=None, prompt_token_ids=[], error=error)
             else:
                 yield Request(id=number, prompt=text, prompt_token_ids=tuple(tokens), sampling=params)
 

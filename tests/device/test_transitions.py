@@ -16,8 +16,9 @@ from seesaw import LLM, SamplingParams
 from seesaw.core.stats import EngineStats
 from seesaw.device.base import Event
 from seesaw.device.cuda import CudaStream
+from seesaw.execution.stage import Stage
 from seesaw.execution.worker import Worker
-from seesaw.weights.arrivals import EMBEDDING, Arrivals
+from seesaw.weights.arrivals import EMBEDDING, HEAD, Arrivals
 from seesaw.weights.changes import Mode
 from seesaw.weights.reshard import RankWeights
 from tests.device.ranks import watched
@@ -60,6 +61,36 @@ def test_a_job_with_transitions_has_no_races(
     # each stretch of copies takes a millisecond by the device's events, in this file's GPU
     stretches = 1 if mode == "resident" else 2
     assert {change.moving_seconds for change in stats.transitions} == {stretches * 1e-3}
+
+
+def scores(folder: Path) -> list[Any]:
+    """Log-probabilities of prompts, some of which are scored right behind a transition."""
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    options: dict[str, Any] = {**SMALL, "device_memory": "1MiB", "host_kv": "96KiB", "transition": "delta"}
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
+    with LLM(str(folder), plan="P2->T2", tokenizer=False, attention="torch", **options) as llm:
+        outputs = llm.generate(PROMPTS, params)
+        assert len(llm.stats().transitions) > 1
+    return [
+        at[token].logprob
+        for output in outputs
+        for token, at in zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=True)
+        if at is not None
+    ]
+
+
+def test_prompts_are_scored_by_weights_that_have_come(tmp_path: Path, monkeypatch: Patch) -> None:
+    expected = scores(tmp_path)
+    with watched(monkeypatch) as watch:
+        found = scores(tmp_path)
+        assert watch.cuda.races == set()
+        await_ = Stage._await
+        monkeypatch.setattr(
+            Stage, "_await", lambda self, group: None if group == HEAD else await_(self, group)
+        )
+        scores(tmp_path)
+    assert found == pytest.approx(expected, abs=1e-5) and len(found) == sum(map(len, PROMPTS)) - len(PROMPTS)
+    assert watch.cuda.races
 
 
 def computation_before_its_weights(patch: Patch) -> None:

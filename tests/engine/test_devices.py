@@ -147,20 +147,26 @@ def test_the_planner_has_the_catalogue_where_there_is_no_profile(
 
 def test_what_a_node_has_and_gives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SEESAW_PROFILE", str(tmp_path / "none.json"))
-    monkeypatch.setattr("seesaw.inventory.has_driver", lambda: False)
+    monkeypatch.setattr("seesaw.device.gpus.has_driver", lambda: False)
     bare = take_inventory()
     assert bare.gpus == () and "no NVIDIA driver" in bare.no_gpus and bare.taken.device == "cpu"
     assert bare.taken.ranks * bare.taken.device_memory + bare.taken.host_kv <= bare.free_memory * 1.2
     gpus = [Gpu("NVIDIA L4", 24 * GIB, size * GIB) for size in (20, 16)]
-    monkeypatch.setattr("seesaw.inventory.has_driver", lambda: True)
-    monkeypatch.setattr("seesaw.inventory.visible_gpus", lambda: gpus)
-    monkeypatch.setattr("seesaw.inventory.require_cuda_build", lambda: None)
-    monkeypatch.setattr("seesaw.inventory.choose_kind", lambda device: "cuda")
+    monkeypatch.setattr("seesaw.device.gpus.has_driver", lambda: True)
+    monkeypatch.setattr("seesaw.device.gpus.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("seesaw.device.gpus.require_cuda_build", lambda: None)
+    kept = take_inventory()  # the suite's environment asks for the CPU
+    assert len(kept.gpus) == 2 and kept.taken.device == "cpu" and kept.taken.ranks >= 1
+    monkeypatch.delenv("SEESAW_DEVICE")
     found = take_inventory()
     assert [gpu.catalogue for gpu in found.gpus] == ["L4", "L4"] and found.no_gpus == ""
     assert (found.taken.device, found.taken.ranks) == ("cuda", 2)
     assert found.taken.device_memory == int(16 * GIB * 0.95)
     assert "catalogue's figures of L4" in found.taken.planner
+    monkeypatch.setattr("seesaw.device.gpus.has_driver", lambda: False)
+    monkeypatch.setenv("SEESAW_DEVICE", "cuda")
+    with pytest.raises(ConfigError, match="no NVIDIA driver"):
+        take_inventory()
 
 
 def test_weights_are_locked_where_the_host_has_memory_for_them(

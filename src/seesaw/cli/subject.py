@@ -104,11 +104,11 @@ def _node(text: str | None) -> tuple[HardwareSpec, Path | None]:
 
 def _visible_node(path: Path) -> HardwareSpec:
     """The GPUs of this box by the catalogue, where there is no profile at `path`. Raises `ConfigError`."""
-    from seesaw.device.gpus import choose_kind, visible_gpus
+    from seesaw.device.gpus import has_driver, visible_gpus
     from seesaw.planning.at_hand import visible_node
 
     why = "it has no GPUs"
-    if device_kind(choose_kind("auto")).numbered:
+    if has_driver():  # no torch is needed to plan
         found = visible_node([gpu.name for gpu in visible_gpus()])
         if not isinstance(found, str):
             return found

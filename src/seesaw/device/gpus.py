@@ -82,15 +82,25 @@ def choose_kind(device: str) -> str:
         device = os.environ.get("SEESAW_DEVICE") or device
     if device != "auto":
         return device_kind(device).name
+    gpus, trouble = usable_gpus()
+    if not trouble:
+        return CUDA.name
+    if gpus:
+        logger.warning("ranks compute on the CPU, since of %s", trouble)
+    return CPU.name
+
+
+def usable_gpus() -> tuple[Sequence[Gpu], str]:
+    """The GPUs that are seen, and in a few words why ranks cannot compute on them; empty if they can."""
     if not has_driver():
-        return CPU.name
+        return (), "there is no NVIDIA driver here"
+    gpus: Sequence[Gpu] = ()
     try:
-        visible_gpus()
+        gpus = visible_gpus()
         require_cuda_build()
     except ConfigError as error:
-        logger.warning("ranks compute on the CPU, since of %s", error)
-        return CPU.name
-    return CUDA.name
+        return gpus, str(error)
+    return gpus, ""
 
 
 def default_ranks(

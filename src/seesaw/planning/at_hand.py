@@ -24,23 +24,19 @@ def node_at_hand(ranks: int, device: str, dtype: str, gpus: Sequence[str] = ()) 
     found = _by_profile(ranks, device, dtype)
     if isinstance(found, HardwareSpec) or not gpus or ranks > len(gpus):
         return found
-    listed = _by_catalogue(ranks, gpus)
+    listed = visible_node(gpus, ranks)
     return f"{found}, and {listed}" if isinstance(listed, str) else listed
 
 
-def visible_node(gpus: Sequence[str]) -> HardwareSpec | str:
-    """The node of all these GPUs by the catalogue, or why it has no figures for it."""
-    return _by_catalogue(len(gpus), gpus)
-
-
-def _by_catalogue(ranks: int, gpus: Sequence[str]) -> HardwareSpec | str:
+def visible_node(gpus: Sequence[str], ranks: int | None = None) -> HardwareSpec | str:
+    """The node of `ranks` of these GPUs (default: all) by the catalogue, or why it has no figures for it."""
     from seesaw.planning.catalogue import hardware
 
     models = list(dict.fromkeys(gpus))
     if len(models) > 1:
         return f"its GPUs are of several models ({', '.join(models)})"
     try:
-        return hardware(f"{ranks}x{models[0]}")
+        return hardware(f"{ranks or len(gpus)}x{models[0]}")
     except ConfigError as error:
         return str(error)
 

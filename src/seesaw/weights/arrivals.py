@@ -42,11 +42,6 @@ class Arrivals:
         if event is not None:
             self._compute.after(event)
 
-    def before_all(self) -> None:
-        """The same for all tensors: before work that is captured, or replayed as one."""
-        for group in list(self._events) or [EMBEDDING]:
-            self.before(group)
-
 
 def _group(tensor: str) -> int:
     first, _, rest = tensor.partition(".")
