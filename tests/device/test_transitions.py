@@ -66,7 +66,7 @@ def test_a_job_with_transitions_has_no_races(
 def scores(folder: Path) -> list[Any]:
     """Log-probabilities of prompts, some of which are scored right behind a transition."""
     (folder / "config.json").write_text(json.dumps(SHAPE))
-    options: dict[str, Any] = {**SMALL, "device_memory": "1MiB", "host_kv": "96KiB", "transition": "delta"}
+    options: dict[str, Any] = {**SMALL, "device_memory": "1MiB", "host_kv": "96KiB", "transition": "reload"}
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
     with LLM(str(folder), plan="P2->T2", tokenizer=False, attention="torch", **options) as llm:
         outputs = llm.generate(PROMPTS, params)
