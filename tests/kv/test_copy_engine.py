@@ -38,19 +38,19 @@ def test_runs_in_order_beside_the_caller() -> None:
     engine.to_host(second, done)
     assert seen == []  # both are submitted, and the caller goes on
     gate.set()
-    engine.drain()
+    engine.fence()
     assert seen == ["first", (10, True), "second", (20, True)]
     device.close()
 
 
-def test_drain_waits_for_what_was_submitted_and_may_be_repeated() -> None:
+def test_a_fence_waits_for_what_was_submitted_and_may_be_repeated() -> None:
     device, done = CpuDevice(), list[int]()
     engine = CopyEngine(device)
-    engine.drain()
+    engine.fence()
     for round in range(1, 4):
         for index in range(50):
             engine.to_host(partial(int, index), lambda size, _: done.append(size))
-        engine.drain()
+        engine.fence()
         assert done == list(range(50)) * round
     device.close()
     device.close()
@@ -77,11 +77,11 @@ def test_error_stops_the_engine_and_comes_back_every_time(in_copy: bool) -> None
     else:
         engine.to_host(lambda: 1, fail_when_done)
     with pytest.raises(DiskOnFireError):
-        engine.drain()
+        engine.fence()
     with pytest.raises(DiskOnFireError):
         engine.to_host(lambda: len(ran), lambda *_: ran.append("later"))
     with pytest.raises(DiskOnFireError):
-        engine.drain()
+        engine.fence()
     device.close()  # told already
     assert ran == []
 
@@ -98,7 +98,7 @@ def test_copies_queued_behind_an_error_are_dropped() -> None:
     engine.to_host(lambda: len(ran), lambda *_: ran.append("later"))
     gate.set()
     with pytest.raises(DiskOnFireError):
-        engine.drain()
+        engine.fence()
     assert ran == []
 
 

@@ -13,7 +13,7 @@ class CopyEngine:
     """Runs copies on the copy streams of a device, each behind the computation launched before it.
 
     Those of one direction run in the order submitted. Computation does not wait for copies: whoever reuses what a
-    copy reads, or reads what it writes, waits until the copy has been reported (`on_done`), for `drain`, or behind
+    copy reads, or reads what it writes, waits until the copy has been reported (`on_done`), or is launched behind
     `fence`. A copy that fails stops its direction: see `Stream`.
     """
 
@@ -38,11 +38,6 @@ class CopyEngine:
         read may be written then. Where computation is the caller's, it blocks, and raises what went wrong."""
         for stream in (self._to_host, self._to_device):
             self._compute.after(stream.record())
-
-    def drain(self) -> None:
-        """Wait until everything submitted so far is done. Raises what went wrong."""
-        for stream in (self._to_host, self._to_device):
-            stream.record().wait()
 
     def _submit(
         self, stream: Stream, copy: Callable[[], int], on_done: Callable[[int, float], None] | None
