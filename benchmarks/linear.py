@@ -1,4 +1,4 @@
-"""Matrix products on one CPU core: the native kernel against torch, by type, shape and number of rows.
+"""Matrix products on one CPU core: the native kernels against torch, by type, shape and number of rows.
 
     python benchmarks/linear.py                                        # the layers of a 270M and a 1.1B Llama
     python benchmarks/linear.py --types bfloat16 --rows 8 32 --shapes 2048x1024 --seconds 1
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from seesaw.native.build import load
-from seesaw.ops.cpu_linear import CpuLinear
+from seesaw.ops.cpu_linear import PACKED_ROWS, CpuLinear
 
 SHAPES = "2048x1024 1024x1024 5632x1024 1024x2816 32000x1024 2560x2048 2048x2048 11264x2048 2048x5632".split()
 MEMORY = 192 << 20  # bytes of weights that take turns
@@ -58,18 +58,22 @@ def measure(products: list[Product], weights: list[Tensor], rows: int, seconds: 
 
 def tables(linear: CpuLinear, args: argparse.Namespace) -> None:
     """Print one line for each type, shape and number of rows."""
-    products: list[Product] = [linear.native, functional.linear]
-    print(f"{'type':9} {'N x K':>12} {'M':>5}   native GF/s GB/s    torch GF/s GB/s")
+    products: list[Product] = [
+        lambda x, weight: linear.native(x, weight, packed=False),
+        lambda x, weight: linear.native(x, weight, packed=True),
+        functional.linear,
+    ]
+    print(f"{'type':9} {'N x K':>12} {'M':>5}   native GF/s GB/s   packed GF/s GB/s    torch GF/s GB/s")
     for name in args.types:
         dtype = getattr(torch, name)
         for shape in args.shapes:
             columns, depth = map(int, shape.split("x"))
-            count = max(1, MEMORY // (columns * depth * dtype.itemsize)) | 1  # odd: the candidates take turns
+            count = max(1, MEMORY // (columns * depth * dtype.itemsize)) | 1  # the candidates take turns
             weights = [torch.randn(columns, depth).to(dtype) for _ in range(count)]
             for rows in args.rows:
                 cells = measure(products, weights, rows, args.seconds)
-                cells[not linear.is_native(dtype, rows)] += " *"
-                print(f"{name:9} {shape:>12} {rows:5}   {cells[0]:18} {cells[1]}", flush=True)
+                cells[rows >= PACKED_ROWS if linear.is_native(dtype) else 2] += " *"
+                print(f"{name:9} {shape:>12} {rows:5}   {cells[0]:18} {cells[1]:18} {cells[2]}", flush=True)
 
 
 def main() -> None:

@@ -11,11 +11,8 @@
 // An element of the result depends on its row of x, its row of W and K alone: it sums in the same order in
 // whatever tile it sits. Hence neither the rows beside it nor the number of threads make a difference.
 
-#include <algorithm>
-#include <cstdlib>
-#include <memory>
-
-#include "vectors.h"
+#include "packed_product.h"
+#include "product.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -24,14 +21,7 @@
 namespace seesaw {
 namespace {
 
-// Lanes of a register, and the shapes of tiles: `COLUMNS[r]` rows of W with `r` rows of x.
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16;
-#elif defined(__AVX__)
-constexpr int WIDTH = 8;
-#else
-constexpr int WIDTH = 4;
-#endif
+// The shapes of tiles: `COLUMNS[r]` rows of W with `r` rows of x.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int ROWS = 6, COLUMNS[] = {0, 12, 8, 6, 6, 4, 4};  // 32 registers
 #else
@@ -43,27 +33,8 @@ constexpr int64_t BLOCK_BYTES = 96 << 10;    // of W: at hand, and as much again
 constexpr int64_t PANEL_BYTES = 1 << 20;     // of widened x
 constexpr int64_t FEWEST_ROWS = 64;          // to widen at a time, however long: W is streamed once for them
 constexpr int64_t GRAIN = 24;                // columns that a thread takes are a multiple
-constexpr int64_t SMALL = 1 << 20;           // products that are not worth waking other threads
-constexpr int64_t LINE = 64;
-
-enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum Status : int32_t { OK = 0, BAD_DTYPE = 1, NO_MEMORY = 2 };
-
-// Strides count elements.
-struct Arguments {
-    const void* x;       // [rows, depth]
-    const void* weight;  // [columns, depth]
-    const void* bias;    // [columns], or null
-    void* out;           // [rows, columns]
-    int64_t rows, columns, depth;
-    int64_t x_stride, weight_stride;
-    int32_t threads;
-};
-
 typedef float wf __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef uint32_t wu __attribute__((vector_size(4 * WIDTH), may_alias));
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // ---- storage types: `half(p, i)` is half of the STEP elements at `p`, the same half of x and of W --------------
 
@@ -93,17 +64,6 @@ struct Wide16 : F16 {
 };
 
 // ---- a tile ---------------------------------------------------------------------------------------------------
-
-// Keeps a value in a register, where the compiler would rather load it anew for each use.
-inline void pin(wf& v) {
-#if defined(__AVX512F__)
-    asm("" : "+v"(v));
-#elif defined(__x86_64__)
-    asm("" : "+x"(v));
-#elif defined(__aarch64__)
-    asm("" : "+w"(v));
-#endif
-}
 
 // Fused wherever the CPU can: left to contract by itself, the compiler does so in some tiles and not in others.
 inline wf multiply_add(wf a, wf b, wf sum) {
@@ -229,42 +189,6 @@ __attribute__((noinline)) void tile(const float* x, const typename S::T* w, int6
 
 // ---- the product ----------------------------------------------------------------------------------------------
 
-struct Free {
-    void operator()(void* p) const { std::free(p); }
-};
-
-// Memory that a thread keeps from call to call.
-class Scratch {
-  public:
-    float* reserve(int64_t floats) {
-        if (floats > capacity_) {
-            memory_.reset((float*)std::aligned_alloc(LINE, (size_t)round_up(floats * 4, LINE)));
-            capacity_ = memory_ ? floats : 0;
-        }
-        return memory_.get();
-    }
-
-  private:
-    std::unique_ptr<float, Free> memory_;
-    int64_t capacity_ = 0;
-};
-
-// Calls `work(i)` for i below `count` on up to `threads` threads; returns the worst status.
-template <class Work>
-Status each(int64_t count, int64_t threads, const Work& work) {
-    int32_t worst = OK;
-#if defined(_OPENMP)
-    // workers are forked, and OpenMP threads do not survive a fork: with one thread stay clear of the runtime
-    if (threads > 1 && count > 1) {
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(max : worst)
-        for (int64_t i = 0; i < count; ++i) worst = std::max<int32_t>(worst, work(i));
-        return (Status)worst;
-    }
-#endif
-    for (int64_t i = 0; i < count; ++i) worst = std::max<int32_t>(worst, work(i));
-    return (Status)worst;
-}
-
 template <class S>
 class Product {
     using T = typename S::T;
@@ -337,7 +261,7 @@ class Product {
             const Ahead ahead{(const char*)next, a_.weight_stride * (int64_t)sizeof(T), to - from};
             float* part = sums + (span_ < a_.depth ? r * block_ : 0);
             panel<ROWS>(rows, x_ + r * padded_ + k * rows, n, stop, k, depth, part, ahead);
-            if (last) finish(first_ + r, rows, n, stop, part);
+            if (last) finish<S>(a_, first_ + r, rows, n, stop, part, block_);
         }
     }
 
@@ -359,17 +283,6 @@ class Product {
         }
         for (; c < width; ++c)
             tile<S, R, 1>(x, weight(n + c, k), stride, depth, sums + c, block_, k > 0, Ahead{});
-    }
-
-    void finish(int64_t first, int64_t rows, int64_t n, int64_t stop, const float* sums) const {
-        for (int64_t r = 0; r < rows; ++r) {
-            T* to = (T*)a_.out + (first + r) * a_.columns;
-            for (int64_t c = n; c < stop; c += LANES) {
-                vf value = load_some<F32>(sums + r * block_ + c - n, stop - c);
-                if (a_.bias) value += load_some<S>((const T*)a_.bias + c, stop - c);
-                store_some<S>(to + c, value, stop - c);
-            }
-        }
     }
 
     const Arguments& a_;
@@ -399,14 +312,14 @@ extern "C" int32_t seesaw_linear_better() {
     return better;
 }
 
-// `out` is contiguous, nothing is empty, `bias` may be null. Returns a `Status`.
+// `out` is contiguous, nothing is empty, `bias` may be null; `packed` is which way. Returns a `Status`.
 extern "C" int32_t seesaw_linear(const void* x, const void* weight, const void* bias, void* out, int64_t rows,
                                  int64_t columns, int64_t depth, int64_t x_stride, int64_t weight_stride,
-                                 int32_t dtype, int32_t threads) {
+                                 int32_t dtype, int32_t packed, int32_t threads) {
     using namespace seesaw;
     const Arguments a{x, weight, bias, out, rows, columns, depth, x_stride, weight_stride, threads};
-    if (dtype == FLOAT32) return Product<Wide32>(a).run();
-    if (dtype == BFLOAT16) return Product<WideB16>(a).run();
-    if (dtype == FLOAT16) return Product<Wide16>(a).run();
+    if (dtype == FLOAT32) return packed ? PackedProduct<F32>(a).run() : Product<Wide32>(a).run();
+    if (dtype == BFLOAT16) return packed ? PackedProduct<BF16>(a).run() : Product<WideB16>(a).run();
+    if (dtype == FLOAT16) return packed ? PackedProduct<F16>(a).run() : Product<Wide16>(a).run();
     return BAD_DTYPE;
 }

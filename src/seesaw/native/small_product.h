@@ -19,21 +19,29 @@ inline vf multiply_add(vu a, vu b, vf c) {
     return fused((vf)a, (vf)b, c);
 }
 
+// All loops over sums are unrolled, or the compiler keeps the sums in memory.
 template <bool Pair, int ROWS, int VECTORS>
 inline void product_block(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
                           int64_t k, bool add) {
     vf sum[ROWS][VECTORS];
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
         for (int j = 0; j < VECTORS; ++j) sum[r][j] = add ? load<vf>(c + r * ldc + j * LANES) : vf{};
     for (int64_t i = 0; i < k; ++i) {
         vu columns[VECTORS];
+#pragma GCC unroll 8
         for (int j = 0; j < VECTORS; ++j) columns[j] = load<vu>(b + i * ldb + j * LANES);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const vu x = splat(a[r * lda + i]);
+#pragma GCC unroll 8
             for (int j = 0; j < VECTORS; ++j) sum[r][j] = multiply_add<Pair>(x, columns[j], sum[r][j]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
         for (int j = 0; j < VECTORS; ++j) store(c + r * ldc + j * LANES, sum[r][j]);
 }
 

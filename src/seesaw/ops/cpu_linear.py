@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 
 import torch
 from torch import Tensor
@@ -14,49 +13,57 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PROBLEMS = {1: "an unknown type", 2: "no memory for scratch space"}
 _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
-FLOAT32_ROWS = 128
-"""The most rows of float32 for which the native kernel is taken: above, the vendor's library is faster."""
+PACKED_ROWS = 96
+"""The fewest rows for which the native kernel packs both sides into panels; fewer are multiplied as they lie."""
 
 
 class CpuLinear:
     """`x @ weight.T + bias`, accumulated in float32 and rounded once.
 
-    The choice between the native kernel and torch follows from the CPU, the type and the number of rows alone,
-    so that the same job computes the same tokens; `benchmarks/linear.py` shows what it rests on. bfloat16 and
-    float16 run natively unless the CPU multiplies them by instructions of its own; float32 does with up to
-    `FLOAT32_ROWS` rows.
+    The choice follows from the CPU, the type and the number of rows alone, so that the same job computes the same
+    tokens; `benchmarks/linear.py` shows what it rests on. Types run natively unless the CPU has better means for
+    them, such as instructions of its own; from `PACKED_ROWS` rows on by packed panels.
 
-    With the native kernel a row of the result depends on its row of `x`, the weight and the bias alone, bit for
-    bit: not on the rows beside it, nor on the number of threads. It runs on the calling thread, or on
-    `torch.get_num_threads()` OpenMP threads if that is more than one and the product is not tiny.
+    With the native kernel a row of the result depends on its row of `x`, the weight, the bias and on which side of
+    `PACKED_ROWS` the call is, bit for bit: not on the rows beside it, nor on the number of threads. It runs on the
+    calling thread, or on `torch.get_num_threads()` OpenMP threads if that is more than one and the product is not
+    tiny.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._linear = library["seesaw_linear"]
-        self._linear.argtypes = (*[_POINTER] * 4, *[_COUNT] * 5, _INT, _INT)
+        self._linear.argtypes = (*[_POINTER] * 4, *[_COUNT] * 5, *[_INT] * 3)
         self._linear.restype = _INT
         self._torch = TorchOperators()
         better = library["seesaw_linear_better"]
         better.argtypes, better.restype = (), _INT
-        self._most_rows = _most_rows(better())
+        left_to_torch = better()
+        self._native = frozenset(dtype for dtype, bit in _DTYPES.items() if not left_to_torch >> bit & 1)
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
         """See `Operators.linear`. `x` and `weight` may have strided rows; `out` is contiguous."""
         rows, depth = x.shape
-        if rows > self._most_rows.get(x.dtype, 0) or not (rows and depth and weight.shape[0]):
+        if not (x.dtype in self._native and rows and depth and weight.shape[0]):
             return self._torch.linear(x, weight, bias, out=out)
         return self.native(x, weight, bias, out=out)
 
-    def is_native(self, dtype: torch.dtype, rows: int) -> bool:
-        """Whether products of so many rows run by the native kernel."""
-        return rows <= self._most_rows.get(dtype, 0)
+    def is_native(self, dtype: torch.dtype) -> bool:
+        """Whether products of this type run by the native kernel."""
+        return dtype in self._native
 
     def native(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+        packed: bool | None = None,
     ) -> Tensor:
-        """The product by the native kernel, whatever the choice would be; nothing may be empty."""
+        """The product by a native kernel, whatever the choice would be, `packed` or not if that is said; nothing may
+        be empty."""
         rows, depth = x.shape
         columns, weight_depth = weight.shape
         x_stride, x_step = x.stride()
@@ -85,13 +92,8 @@ class CpuLinear:
             x_stride,
             weight_stride,
             _DTYPES[dtype],
+            rows >= PACKED_ROWS if packed is None else packed,
             torch.get_num_threads(),
         )
         assert status == 0, f"[{rows}, {depth}] by [{columns}, {depth}]: {_PROBLEMS[status]}"
         return out
-
-
-def _most_rows(better: int) -> dict[torch.dtype, int]:
-    """The most rows that run natively, by type. `better` names, by bits, types that this CPU has better means for."""
-    most = {torch.float32: FLOAT32_ROWS, torch.bfloat16: sys.maxsize, torch.float16: sys.maxsize}
-    return {dtype: rows for dtype, rows in most.items() if not better >> _DTYPES[dtype] & 1}
