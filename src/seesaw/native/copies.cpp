@@ -13,16 +13,18 @@
 namespace {
 
 constexpr size_t LINE = 64;
-constexpr size_t SHORT = 512;  // bytes that are not worth aligning for
+constexpr size_t AHEAD = 8 * LINE;  // bytes that are asked for before they are copied
+constexpr size_t SHORT = 512;       // bytes that are not worth aligning for
 
-void copy_past_caches(char* to, const char* from, size_t bytes) {
+// `next` is what will be copied after this piece: pieces are a few kilobytes, and each would begin with waiting.
+void copy_past_caches(char* to, const char* from, size_t bytes, const char* next) {
 #if defined(__AVX__)
     if (bytes >= SHORT) {
         const size_t head = (size_t)(-(intptr_t)to & (LINE - 1));
         std::memcpy(to, from, head);
         to += head, from += head, bytes -= head;
         for (; bytes >= LINE; to += LINE, from += LINE, bytes -= LINE) {
-            _mm_prefetch(from + 8 * LINE, _MM_HINT_NTA);
+            _mm_prefetch(bytes > AHEAD ? from + AHEAD : next + (AHEAD - bytes), _MM_HINT_NTA);
             const __m256i low = _mm256_loadu_si256((const __m256i*)from);
             const __m256i high = _mm256_loadu_si256((const __m256i*)(from + 32));
             _mm256_stream_si256((__m256i*)to, low);
@@ -46,7 +48,10 @@ void finish_copies() {
 extern "C" void seesaw_copy_rows(char* to, const char* from, int64_t rows, int64_t bytes, int64_t to_stride,
                                  int64_t from_stride) {
     if (bytes == to_stride && bytes == from_stride) bytes *= rows, rows = 1;
-    for (int64_t r = 0; r < rows; ++r) copy_past_caches(to + r * to_stride, from + r * from_stride, (size_t)bytes);
+    for (int64_t r = 0; r < rows; ++r) {
+        const char* row = from + r * from_stride;
+        copy_past_caches(to + r * to_stride, row, (size_t)bytes, row + from_stride);
+    }
     finish_copies();
 }
 
@@ -69,7 +74,8 @@ extern "C" int64_t seesaw_copy_slabs(char* device, char* host, const int64_t* pa
         for (int64_t i = 0; i < slabs; ++i) {
             char* d = near + i * device_slab_stride;
             char* h = far + i * host_slab_stride;
-            copy_past_caches(to_host ? h : d, to_host ? d : h, (size_t)bytes);
+            copy_past_caches(to_host ? h : d, to_host ? d : h, (size_t)bytes,
+                             to_host ? d + device_slab_stride : h + host_slab_stride);
         }
     }
     finish_copies();
