@@ -23,6 +23,7 @@ from seesaw.bench.floor import Rates, layer_products
 from seesaw.bench.process import Guard, JsonProcess
 from seesaw.core.model_spec import ModelSpec
 from seesaw.core.node import Place
+from seesaw.execution.heap import with_huge_pages
 
 ROWS = 1024
 """M of the products measured."""
@@ -107,7 +108,7 @@ def measure(
                 [sys.executable, "-m", "seesaw.bench.probe", where],
                 guard=guard,
                 log=folder / f"probe-{rank}.log",
-                environment={"OMP_NUM_THREADS": str(threads)},
+                environment=with_huge_pages({**os.environ, "OMP_NUM_THREADS": str(threads)}),
             )
             stack.callback(probe.close)
             probes.append(probe)

@@ -24,6 +24,7 @@ import msgspec
 
 from seesaw.core.errors import StartupError
 from seesaw.core.process import die_with_parent
+from seesaw.execution.heap import with_huge_pages
 from seesaw.execution.messages import WorkerConfig
 
 _LENGTH = struct.Struct("<I")
@@ -38,7 +39,9 @@ class ForkServer:
         self._lock = threading.Lock()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "seesaw.execution.fork_server"], stdin=theirs.fileno()
+                [sys.executable, "-m", "seesaw.execution.fork_server"],
+                stdin=theirs.fileno(),
+                env=with_huge_pages(os.environ),
             )
 
     def fork(self, config: WorkerConfig) -> int:

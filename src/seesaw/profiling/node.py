@@ -18,6 +18,7 @@ import msgspec
 from seesaw.bench.process import ContestantError, Guard, JsonProcess
 from seesaw.core.devices import device_kind
 from seesaw.core.node import Place
+from seesaw.execution.heap import with_huge_pages
 from seesaw.profiling.rank import RankConfig
 from seesaw.transport.select import resolve_kind
 from seesaw.transport.shared_memory import create_region
@@ -113,7 +114,7 @@ class Node:
             [sys.executable, "-m", "seesaw.profiling.rank"],
             guard=guard,
             log=folder / f"rank{config.rank}.log",
-            environment={"OMP_NUM_THREADS": str(config.threads)},
+            environment=with_huge_pages({**os.environ, "OMP_NUM_THREADS": str(config.threads)}),
         )
         self._stack.callback(process.close)
         process.send(msgspec.to_builtins(config))
