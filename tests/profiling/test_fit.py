@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from seesaw.cli.profile import GPU_OPERANDS
@@ -40,6 +41,10 @@ def seconds(task: Task) -> float:
             return sizes.activation_rows * width * 2 / 5e9 + 4 * OPERATOR
         case "all_reduce":
             return 2e-5 * given["size"] + given["count"] / 2e9
+        case "waiting":
+            work = Task("product", tuple(item for item in task.arguments if item[0] != "size"))
+            met = Task("all_reduce", (("size", given["size"]), ("count", 4096)))
+            return 0.01 * given["size"] + seconds(met) / seconds(work)
         case "send":
             return 1e-5 + given["count"] / 4e9
         case "reshard":
@@ -76,6 +81,35 @@ def test_the_figures_of_a_known_node_come_out() -> None:
     assert spec.send(1 << 20) == pytest.approx(1e-5 + (1 << 20) / 4e9)
     assert (spec.to_device, spec.node_to_device) == (pytest.approx(1e10), pytest.approx(1e10))
     assert (spec.device_copy, spec.fetch) == (pytest.approx(5e9), pytest.approx(6e9))
+
+
+def test_ranks_wait_for_each_other_as_was_measured() -> None:
+    """The all-reduce that they meet in counts by itself."""
+    spec = fitted(ranks=4)
+    assert sorted(spec.waiting) == [2, 3, 4]
+    for work in (1e-3, 1e-2, 1.0):
+        assert spec.waiting[2](work) == pytest.approx(0.02) and spec.waiting[4](work) == pytest.approx(0.04)
+        assert 0.02 < spec.waiting[3](work) < 0.04
+    work = Work(tokens=64, sampled=64, keys=64 * 256.0)
+    shared, alone = (
+        LayoutCost(model(), spec, layout, [8]).stage(0, work) for layout in (Layout(tp=2), Layout())
+    )
+    patient = LayoutCost(model(), msgspec.structs.replace(spec, waiting={}), Layout(tp=2), [8]).stage(0, work)
+    overheads = spec.step_overhead + 8 * spec.layer_overhead
+    assert shared.seconds - patient.seconds == pytest.approx(
+        0.02 * (patient.seconds - patient.all_reduce - overheads)
+    )
+    assert alone.all_reduce == 0
+
+
+def test_more_work_is_never_waited_for_less() -> None:
+    times = {task: seconds(task) for task in all_tasks(2, ("bfloat16",), "cpu")}
+    for task in times:
+        if task.op == "waiting":
+            times[task] = 0.5 if dict(task.arguments)["rows"] == 8 else 1e-9
+    shares = fit(times, 2, ("bfloat16",), "cpu", BOX).waiting[2]
+    waits = [work * share for work, share in zip(shares.sizes, shares.values, strict=True)]
+    assert waits == sorted(waits) and waits[2] == pytest.approx(waits[1])
 
 
 def test_the_cost_model_gives_back_the_times_that_were_measured() -> None:

@@ -82,6 +82,9 @@ def _memory(spec: HardwareSpec) -> Table:
     table.add_row("weights within a device, GB/s", "", f"{spec.device_copy * spec.ranks / 1e9:.1f}")
     activations = spec.activation_bandwidth or spec.bandwidth
     table.add_row("norms and the like, GB/s", "", f"{activations * spec.ranks / 1e9:.1f}")
+    for ranks, shares in spec.waiting.items():
+        name = f"waiting for the slowest of {ranks}, % of a millisecond's work"
+        table.add_row(name, "", f"{100 * shares(1e-3):.1f}")
     table.add_row("an operator, us", f"{spec.operator_overhead * 1e6:.1f}", "")
     table.add_row("a layer beside its operators, us", f"{spec.layer_overhead * 1e6:.1f}", "")
     table.add_row("a step, us", f"{spec.step_overhead * 1e6:.0f}", "")

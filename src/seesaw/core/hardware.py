@@ -104,6 +104,9 @@ class HardwareSpec(msgspec.Struct, frozen=True, kw_only=True):
     context."""
     token_of_kv: float = 0.0
     """The same by channels of K: writing K and V into the pool, bringing them into the kernel's order."""
+    waiting: dict[int, Curve] = {}
+    """Share of their time for which the ranks of a group of so many wait for the slowest of them, by the seconds that
+    they work between two meetings: none take exactly as long as the others, time by time."""
     by_type: dict[str, TypeCurves] = {}
     """Curves of single types, where they are known; those above hold for all others."""
     sources: dict[str, str] = {}

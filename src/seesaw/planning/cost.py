@@ -37,6 +37,7 @@ class Cost(msgspec.Struct, frozen=True, gc=False):
     activations: float = 0.0
     """Norms, rotation and the like: reading and writing activations."""
     all_reduce: float = 0.0
+    """And waiting for the slowest rank of the group."""
     overhead: float = 0.0
     """Launches, and what a step costs beside its operators."""
 
@@ -196,7 +197,9 @@ class LayoutCost:
             total += self._product(_Product(spec.hidden, -(-spec.vocab // tp), self._head_bits), sampled)
         reduced = self._all_reduce(tokens)
         count = 2 * self.stages[index] - 2 * last + (index == 0)  # the embedding is summed as well
-        total += Cost(all_reduce=count * reduced + (2 * self._all_reduce(sampled) if last else 0.0))
+        waiting = self._waiting(total.seconds / (2 * self.stages[index])) * total.seconds
+        together = count * reduced + (2 * self._all_reduce(sampled) if last else 0.0)
+        total += Cost(all_reduce=together + waiting)
         overhead = self.hardware.step_overhead + self.stages[index] * self.hardware.layer_overhead
         return total + Cost(overhead=overhead)
 
@@ -260,7 +263,12 @@ class LayoutCost:
         if keys:
             moved = self._of_key * keys * self.model.kv_bits / 8
             seconds += moved / (hardware.bandwidth * curves.decode_attention(moved))
-        return seconds
+        return seconds * (1 + self._waiting(seconds))
+
+    def _waiting(self, seconds: float) -> float:
+        """The share of their time for which ranks that meet every so many seconds wait for the slowest of them."""
+        shares = self.hardware.waiting.get(self.layout.tp)
+        return 0.0 if shares is None else shares(seconds)
 
     def _all_reduce(self, rows: int) -> float:
         if self.layout.tp == 1 or not rows:

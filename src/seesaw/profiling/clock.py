@@ -22,6 +22,8 @@ import torch
 from seesaw.core.devices import kind_of
 
 Call = Callable[[], object]
+_MEETINGS = 8
+"""In a row, before ranks agree on whether to go on."""
 _TAIL = 0.002
 """Seconds that a rank goes on for the others, whose calls may be late by a little."""
 
@@ -102,6 +104,24 @@ def together(
         else:
             found += [_after(before, call) for _ in range(count)]
     return _quantile(found, by_clock=True)
+
+
+def waited(work: Sequence[Call], meet: Call, agree: Callable[[int], int], span: Span) -> float:
+    """The time that ranks wait where they `meet`, over that of their `work`, which is taken in turn before each.
+
+    It is what the slowest of them takes longer, time by time. A mean, since all of it adds up in a job.
+    """
+    turn, working, waiting = cycle(work), 0.0, 0.0
+    next(turn)()
+    while agree(not working or time.monotonic() < span.end):
+        for _ in range(_MEETINGS):
+            started = time.perf_counter()
+            next(turn)()
+            met = time.perf_counter()
+            meet()
+            working += met - started
+            waiting += time.perf_counter() - met
+    return waiting / working
 
 
 def _after(before: Call, call: Call) -> float:

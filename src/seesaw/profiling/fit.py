@@ -17,6 +17,7 @@ from seesaw.core.hardware import Curve, HardwareSpec, TypeCurves
 from seesaw.core.model_spec import DTYPE_BYTES
 from seesaw.profiling.tasks import (
     LINK_SIZES,
+    MEETING_ROWS,
     ROWS,
     STEP_LAYERS,
     Sizes,
@@ -32,6 +33,7 @@ from seesaw.profiling.tasks import (
     sizes_for,
     step,
     tiny,
+    waiting,
 )
 
 Times = Mapping[Task, float]
@@ -39,6 +41,8 @@ _LAYER_OPERATORS, _STEP_OPERATORS = 10, 1
 """As `planning.cost` counts them: four products, attention and five small ones; the LM head."""
 _LEAST_PART = 0.2
 """Of a call's time that is left to its work, however much the fit of its overheads says."""
+_LEAST_WAIT = 1e-4
+"""A share of the work's time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +159,7 @@ def fit(times: Times, ranks: int, dtypes: Sequence[str], device: str, box: Box) 
         activation_bandwidth=_activation_bandwidth(found, first),
         token_of_query=by_type[first].token_of_query,
         token_of_kv=by_type[first].token_of_kv,
+        waiting=_waiting(times, ranks, first, sizes) if device_kind(device).on_host else {},
         by_type=by_type,
     )
 
@@ -184,13 +189,33 @@ def _activation_bandwidth(found: _Fit, dtype: str) -> float:
 
 
 def _all_reduces(times: Times, ranks: int, dtype: str) -> dict[int, Curve]:
-    """Groups that were not measured lie between those that were."""
     found: dict[int, Curve] = {}
     for size in group_sizes(ranks):
         curve = _line(times, partial(all_reduce, dtype, size))
         assert curve is not None, size
         found[size] = curve
-    for below, above in pairwise(sorted(found)):
+    return _all_sizes(found)
+
+
+def _waiting(times: Times, ranks: int, dtype: str, sizes: Sizes) -> dict[int, Curve]:
+    """Without the all-reduce that ranks met in. More work never makes them wait for less."""
+    found: dict[int, Curve] = {}
+    worked = [times[product(dtype, rows, sizes)] for rows in MEETING_ROWS]
+    for size in group_sizes(ranks):
+        met = times[all_reduce(dtype, size, LINK_SIZES[0])]
+        waits = [0.0]
+        for rows, seconds in zip(MEETING_ROWS, worked, strict=True):
+            share = times[waiting(dtype, size, rows, sizes)] - met / seconds
+            waits.append(max(seconds * max(share, _LEAST_WAIT), waits[-1]))
+        shares = (wait / seconds for wait, seconds in zip(waits[1:], worked, strict=True))
+        found[size] = Curve(tuple(worked), tuple(shares))
+    return _all_sizes(found)
+
+
+def _all_sizes(measured: Mapping[int, Curve]) -> dict[int, Curve]:
+    """Groups that were not measured lie between those that were."""
+    found = dict(measured)
+    for below, above in pairwise(sorted(measured)):
         for size in range(below + 1, above):
             found[size] = _between(found[below], found[above], log(size / below) / log(above / below))
     return dict(sorted(found.items()))
@@ -201,7 +226,7 @@ def _between(one: Curve, other: Curve, weight: float) -> Curve:
         exp((1 - weight) * log(value) + weight * log(other(size)))
         for size, value in zip(one.sizes, one.values, strict=True)
     )
-    return Curve(one.sizes, tuple(values), True)
+    return Curve(one.sizes, tuple(values), one.extends)
 
 
 def _line(times: Times, task: Callable[[int], Task]) -> Curve | None:

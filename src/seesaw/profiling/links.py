@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seesaw.core.devices import kind_of
-from seesaw.profiling.clock import Call, Span, together
+from seesaw.profiling.clock import Call, Span, together, waited
 from seesaw.transport.base import Link, Members, Transport
 
 
@@ -46,6 +46,14 @@ class Links:
         x = self._tensor(count, dtype)
         return self._measure(span, size, lambda members: self.transport.all_reduce(x, members), before)
 
+    def waiting(self, span: Span, work: Sequence[Call], *, size: int, dtype: str) -> float | None:
+        """The share of `work`'s time for which a rank waits for the slowest of its group of `size`, and for the
+        all-reduce of 4 KiB that they meet in; None on ranks in no group."""
+        x, members = self._tensor(4096, dtype), self._members(size)
+        if members is None:
+            return None
+        return waited(work, lambda: self.transport.all_reduce(x, members), self._agree(members), span)
+
     def send(self, span: Span, *, count: int, dtype: str) -> float | None:
         """Half the seconds of a message to the neighbour and back, all pairs at once; None without a neighbour."""
         x = self._tensor(count, dtype)
@@ -65,16 +73,22 @@ class Links:
     def _measure(
         self, span: Span, size: int, call: Callable[[Members], object], before: Call | None = None
     ) -> float | None:
-        members = next((group for group in groups_of(self.world, size) if self.rank in group), None)
+        members = self._members(size)
         if members is None:
             return None
-
-        def agree(number: int) -> int:
-            return int(self.transport.broadcast(torch.tensor([number], device=self.device), members))
-
+        agree = self._agree(members)
         if kind_of(self.device).runs_behind:  # caches hardly matter there, and waiting for the device does
             return together(lambda: call(members), agree, span, settle=torch.accelerator.synchronize)
         return together(lambda: call(members), agree, span, before)
+
+    def _members(self, size: int) -> Members | None:
+        return next((group for group in groups_of(self.world, size) if self.rank in group), None)
+
+    def _agree(self, members: Members) -> Callable[[int], int]:
+        """What takes the first member's number to all."""
+        return lambda number: int(
+            self.transport.broadcast(torch.tensor([number], device=self.device), members)
+        )
 
     def _tensor(self, count: int, dtype: str) -> Tensor:
         element: torch.dtype = getattr(torch, dtype)

@@ -79,6 +79,10 @@ class Rank:
         if op == "all_reduce":
             links, before = self._get_links(), self._evicting(arguments["dtype"])
             return lambda span: links.all_reduce(span, before, **arguments)
+        if op == "waiting":
+            links, size = self._get_links(), arguments.pop("size")
+            work, _ = self._calls("product", arguments)
+            return lambda span: links.waiting(span, work, size=size, dtype=arguments["dtype"])
         if op == "send":
             links = self._get_links()
             return lambda span: links.send(span, **arguments)

@@ -20,6 +20,8 @@ DECODES = ((1, 64), (1, 256), (4, 256), (16, 256), (48, 256), (48, 512), (64, 76
 """(sequences, tokens of each) that decode attention is measured with."""
 LINK_SIZES = tuple(1 << bits for bits in range(12, 26, 2))
 """Bytes: 4 KiB to 16 MiB."""
+MEETING_ROWS = (1, 8, 64)
+"""Of products behind which ranks of a group meet: a step of one sequence, of some, a small chunk of a prompt."""
 COPIES = ("to_host", "to_device")
 """Of KV."""
 CHANGES = ("within", "fetch")
@@ -136,6 +138,13 @@ def all_reduce(dtype: str, size: int, count: int) -> Task:
     return Task("all_reduce", (("dtype", dtype), ("size", size), ("count", count)))
 
 
+def waiting(dtype: str, size: int, rows: int, sizes: Sizes) -> Task:
+    """For the slowest rank of a group of `size`, behind `rows` rows by the weights of a layer: a share of their time,
+    with the smallest all-reduce."""
+    arguments = (("dtype", dtype), ("size", size), ("rows", rows), ("products", sizes.products))
+    return Task("waiting", arguments)
+
+
 def send(dtype: str, count: int) -> Task:
     """`count` bytes to the next rank."""
     return Task("send", (("dtype", dtype), ("count", count)))
@@ -163,6 +172,8 @@ def all_tasks(ranks: int, dtypes: Sequence[str], device: str) -> list[Task]:
         tasks += [attention(dtype, sizes.heads, count, tokens, 1) for count, tokens in sizes.decodes]
     tasks.append(activations(first, sizes))
     tasks += [all_reduce(first, size, count) for size in group_sizes(ranks) for count in LINK_SIZES]
+    if device_kind(device).on_host:
+        tasks += [waiting(first, size, rows, sizes) for size in group_sizes(ranks) for rows in MEETING_ROWS]
     if ranks > 1:
         tasks += [send(first, count) for count in LINK_SIZES]
     tasks += [copy(kind, first, sizes, alone=alone) for kind in COPIES for alone in (True, False)]
