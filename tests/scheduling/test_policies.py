@@ -180,6 +180,22 @@ def test_replicas_share_the_prompts_of_a_prefill_phase(count: int) -> None:
     assert max(fed) - min(fed) <= 2 * 8, fed
 
 
+@pytest.mark.parametrize("parts", [(8,), (4, 4)])
+def test_the_last_prompts_go_where_least_is_left_to_do(parts: tuple[int, ...]) -> None:
+    """Eight prompts of half a batch are two batches for each of two replicas, whether or not these have begun; three
+    for one and two for the other would take a quarter longer."""
+    settings = config("D2->T2", "seesaw", device_blocks=(400, 400), host_blocks=900, max_batch_tokens=64)
+    scheduler = make(settings)
+    forwards, number = [], 0
+    for part in parts:
+        for _ in range(part):
+            scheduler.add(request(number, prompt=32), frozenset())
+            number += 1
+        scheduler.more_expected = number < 8
+        forwards += [action for action in scheduler.schedule() if isinstance(action, Forward)]
+    assert [(f.replica, sum(f.counts)) for f in forwards] == [(0, 64), (1, 64), (0, 64), (1, 64)]
+
+
 @pytest.mark.parametrize("policy", ["prefill-first", "decode-first"])
 def test_separate_batches_never_mix(policy: str) -> None:
     scheduler = make(config("T2", policy))

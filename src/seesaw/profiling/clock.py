@@ -23,7 +23,7 @@ from seesaw.core.devices import kind_of
 
 Call = Callable[[], object]
 _MEETINGS = 8
-"""In a row, before ranks agree on whether to go on."""
+"""In a row at most, before ranks agree on whether to go on."""
 _TAIL = 0.002
 """Seconds that a rank goes on for the others, whose calls may be late by a little."""
 
@@ -112,9 +112,11 @@ def waited(work: Sequence[Call], meet: Call, agree: Callable[[int], int], span: 
     It is what the slowest of them takes longer, time by time. A mean, since all of it adds up in a job.
     """
     turn, working, waiting = cycle(work), 0.0, 0.0
+    started = time.perf_counter()
     next(turn)()
+    in_a_row = agree(max(1, min(_MEETINGS, round((span.end - span.start) / (time.perf_counter() - started)))))
     while agree(not working or time.monotonic() < span.end):
-        for _ in range(_MEETINGS):
+        for _ in range(in_a_row):
             started = time.perf_counter()
             next(turn)()
             met = time.perf_counter()

@@ -20,8 +20,8 @@ DECODES = ((1, 64), (1, 256), (4, 256), (16, 256), (48, 256), (48, 512), (64, 76
 """(sequences, tokens of each) that decode attention is measured with."""
 LINK_SIZES = tuple(1 << bits for bits in range(12, 26, 2))
 """Bytes: 4 KiB to 16 MiB."""
-MEETING_ROWS = (1, 8, 64)
-"""Of products behind which ranks of a group meet: a step of one sequence, of some, a small chunk of a prompt."""
+MEETING_ROWS = (1, 8, 64, 512)
+"""Of products behind which ranks of a group meet: a step of one sequence, of some, of many, a chunk of a prompt."""
 COPIES = ("to_host", "to_device")
 """Of KV."""
 CHANGES = ("within", "fetch")

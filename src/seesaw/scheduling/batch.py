@@ -41,6 +41,8 @@ class Flight:
 
     replica: Replica
     group: int
+    tokens: int
+    """That it feeds."""
     sequences: list[Sequence]
     sampled: list[Sequence]
     last: list[Sequence]
@@ -190,6 +192,7 @@ class BatchBuilder:
         closing = self.replica.closing[: self._closing]
         self.replica.slots_closed(self._closing)
         self.replica.in_flight += 1
+        self.replica.tokens_in_flight += self.tokens_fed
         self.replica.groups[self.group].in_flight += 1
         forward = Forward(
             id=self.id,
@@ -209,5 +212,14 @@ class BatchBuilder:
         )
         everyone = self.sequences
         sampled = everyone if len(self._sampled) == len(everyone) else [everyone[i] for i in self._sampled]
-        flight = Flight(self.replica, self.group, everyone, sampled, self._last, self._stops, self._scored)
+        flight = Flight(
+            self.replica,
+            self.group,
+            self.tokens_fed,
+            everyone,
+            sampled,
+            self._last,
+            self._stops,
+            self._scored,
+        )
         return forward, flight, self._copied

@@ -39,6 +39,8 @@ class Replica:
         """Sequences that hold a place."""
         self.in_flight = 0
         """Forwards in flight."""
+        self.tokens_in_flight = 0
+        """Tokens that they feed."""
         self.latest_group = len(self.groups) - 1
         """Whose Forward was submitted last; the group behind it is next (`policies.base.deal`)."""
         self.completed = -1

@@ -225,6 +225,7 @@ class Scheduler:
         flight = self._flights.pop(done.id)
         replica = flight.replica
         replica.in_flight -= 1
+        replica.tokens_in_flight -= flight.tokens
         replica.completed = done.id
         replica.groups[flight.group].in_flight -= 1
         place = 0

@@ -11,6 +11,7 @@ Prefill fills the host buffer, decode drains it. The three differ only in when t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -63,15 +64,15 @@ class PhasedPolicy:
         progress = True
         while progress:
             progress = False
-            for replica in sorted(scheduler.replicas, key=lambda r: (r.in_flight, r.index)):
+            for replica in sorted(scheduler.replicas, key=lambda r: (r.tokens_in_flight, r.index)):
                 limit = len(replica.groups) + 1 if scheduler.config.overlap else 1
                 if replica.in_flight < limit:
                     progress = self._prefill_batch(scheduler, replica) or progress
 
     def _prefill_batch(self, scheduler: Scheduler, replica: Replica) -> bool:
         batch = scheduler.batch(replica, 0, feedback=False)
+        share, most = self._fair_share(scheduler, replica), scheduler.config.max_running
         self._feed(scheduler, batch, self._partial.pop(replica.index, None))
-        share, most = _fair_share(scheduler), scheduler.config.max_running
         while (
             batch.tokens_fed < share and len(batch.sequences) < most and self._can_prefill(scheduler, replica)
         ):
@@ -95,6 +96,22 @@ class PhasedPolicy:
         if _needs_decode(sequence) and scheduler.config.blocks(len(sequence.tokens)) > scheduler.host.free:
             return False
         return scheduler.has_room(replica, len(sequence.tokens), reserved=0)
+
+    def _fair_share(self, scheduler: Scheduler, replica: Replica) -> int:
+        """Tokens of prompts for the replica's next batch: a full one, unless so few are left that some replica would
+        do without. Then all are to end at about the same time, each with what it has in hand."""
+        most, replicas = scheduler.config.max_batch_tokens, len(scheduler.replicas)
+        if replicas == 1 or scheduler.more_expected:
+            return most
+        in_hand = [r.tokens_in_flight for r in scheduler.replicas]
+        for index, sequence in self._partial.items():
+            in_hand[index] += len(sequence.tokens) - sequence.cached
+        coming, enough = 0, replicas * (most + max(in_hand))
+        for sequence in scheduler.waiting:
+            if coming >= enough:
+                break
+            coming += len(sequence.tokens)
+        return min(most, _level(in_hand, coming) - replica.tokens_in_flight)
 
     def _target_reached(self, scheduler: Scheduler) -> bool:
         """`seesaw` fills the host buffer; the others stop at what the decode devices can hold."""
@@ -177,15 +194,11 @@ def _needs_decode(sequence: Sequence) -> bool:
     return len(sequence.tokens) + 1 < sequence.limit
 
 
-def _fair_share(scheduler: Scheduler) -> int:
-    """Tokens of prompts for a batch: a full one, unless too few wait for that on every replica."""
-    most, replicas = scheduler.config.max_batch_tokens, len(scheduler.replicas)
-    if replicas == 1 or scheduler.more_expected:
-        return most
-    coming = 0
-    for sequence in scheduler.waiting:
-        coming += len(sequence.tokens)
-        if coming >= most * replicas:
-            return most
-    idle = sum(replica.in_flight == 0 for replica in scheduler.replicas)
-    return min(most, -(-coming // (idle or replicas)))
+def _level(in_hand: Iterable[int], coming: int) -> int:
+    """What those have who get some of what is `coming`, if it goes to those who have least, as evenly as may be."""
+    heights, total = sorted(in_hand), coming
+    for count, height in enumerate(heights, 1):
+        total += height
+        if count == len(heights) or total <= count * heights[count]:
+            return -(-total // count)
+    raise AssertionError("nobody to give it to")
