@@ -112,6 +112,14 @@ def test_more_work_is_never_waited_for_less() -> None:
     assert waits == sorted(waits) and waits[2] == pytest.approx(waits[1])
 
 
+def test_rows_that_take_no_longer_than_fewer_are_passed_over() -> None:
+    times = {task: seconds(task) for task in all_tasks(2, ("bfloat16",), "cpu")}
+    for task in times:
+        if task.op == "product" and dict(task.arguments)["rows"] == 8:
+            times[task] = min(times.values()) / 2
+    assert len(fit(times, 2, ("bfloat16",), "cpu", BOX).waiting[2].sizes) == 3
+
+
 def test_the_cost_model_gives_back_the_times_that_were_measured() -> None:
     cost = LayoutCost(model(), fitted(), Layout(), [8])
     step = cost.stage(0, Work(tokens=4, sampled=4, keys=4 * 256.0))

@@ -200,15 +200,18 @@ def _all_reduces(times: Times, ranks: int, dtype: str) -> dict[int, Curve]:
 def _waiting(times: Times, ranks: int, dtype: str, sizes: Sizes) -> dict[int, Curve]:
     """Without the all-reduce that ranks met in. More work never makes them wait for less."""
     found: dict[int, Curve] = {}
-    worked = [times[product(dtype, rows, sizes)] for rows in MEETING_ROWS]
     for size in group_sizes(ranks):
         met = times[all_reduce(dtype, size, LINK_SIZES[0])]
-        waits = [0.0]
-        for rows, seconds in zip(MEETING_ROWS, worked, strict=True):
+        shares: dict[float, float] = {}
+        longest, wait = 0.0, 0.0
+        for rows in MEETING_ROWS:
+            seconds = times[product(dtype, rows, sizes)]
+            if seconds <= longest:
+                continue  # a few rows may take as long as one
             share = times[waiting(dtype, size, rows, sizes)] - met / seconds
-            waits.append(max(seconds * max(share, _LEAST_WAIT), waits[-1]))
-        shares = (wait / seconds for wait, seconds in zip(waits[1:], worked, strict=True))
-        found[size] = Curve(tuple(worked), tuple(shares))
+            longest, wait = seconds, max(seconds * max(share, _LEAST_WAIT), wait)
+            shares[seconds] = wait / seconds
+        found[size] = Curve(tuple(shares), tuple(shares.values()))
     return _all_sizes(found)
 
 
