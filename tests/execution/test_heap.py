@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,10 @@ def test_large_memory_of_a_kept_heap_asks_for_huge_pages() -> None:
 def test_workers_are_forked_from_a_process_with_huge_pages() -> None:
     server = ForkServer()
     try:
-        environment = Path(f"/proc/{server._process.pid}/environ").read_text()
+        place, environment = Path(f"/proc/{server._process.pid}/environ"), ""
+        deadline = time.monotonic() + 10
+        while not environment and time.monotonic() < deadline:  # the kernel shows it a moment after the start
+            environment = place.read_text()
     finally:
         server.close()
     assert HUGE in environment
