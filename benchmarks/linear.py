@@ -68,7 +68,8 @@ def tables(linear: CpuLinear, args: argparse.Namespace) -> None:
         dtype = getattr(torch, name)
         for shape in args.shapes:
             columns, depth = map(int, shape.split("x"))
-            count = max(1, MEMORY // (columns * depth * dtype.itemsize)) | 1  # the candidates take turns
+            # one more than a multiple of the candidates: they take turns, and each shall meet all weights
+            count = MEMORY // (columns * depth * dtype.itemsize) // len(products) * len(products) + 1
             weights = [torch.randn(columns, depth).to(dtype) for _ in range(count)]
             for rows in args.rows:
                 cells = measure(products, weights, rows, args.seconds)

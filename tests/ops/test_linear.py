@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from typing import cast
 
 import pytest
@@ -175,6 +177,37 @@ class _Function:
 
     def __call__(self) -> int:
         return self._value
+
+
+BEFORE_A_WALL = """
+import ctypes, mmap, torch
+from seesaw.native.build import load
+from seesaw.ops.cpu_linear import CpuLinear
+
+libc = ctypes.CDLL(None)
+
+def walled(matrix):  # its last element lies before a page that cannot be read
+    size = -(-matrix.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
+    count = matrix.numel()
+    copy = torch.frombuffer(memory, dtype=matrix.dtype, count=count, offset=size - matrix.nbytes)
+    return copy.view(matrix.shape).copy_(matrix)
+
+linear = CpuLinear(load())
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for rows, columns, depth in ((7, 13, 50), (100, 61, 257), (96, 64, 256)):
+        x, weight = (torch.randn(n, depth).to(dtype) for n in (rows, columns))
+        for packed in (False, True):
+            linear.native(walled(x), walled(weight), packed=packed)
+print("done")
+"""
+
+
+def test_nothing_is_read_behind_the_operands(library: ctypes.CDLL) -> None:
+    run = subprocess.run([sys.executable, "-c", BEFORE_A_WALL], capture_output=True, text=True)
+    assert run.stdout.split() == ["done"], (run.returncode, run.stderr)
 
 
 def test_empty_products(linear: CpuLinear) -> None:

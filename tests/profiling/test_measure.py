@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 
 import pytest
@@ -158,6 +158,20 @@ def test_places_share_cores_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5})
     assert [place.cores for place in places_on_cores(3, 1)] == [[3], [5], [3]]
     assert [place.cores for place in places_on_cores(1, 2)] == [[3, 5]]
+
+
+def test_the_share_of_waiting_is_what_meetings_take_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def takes(seconds: float) -> Callable[[], None]:
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    span = clock.Span(start=0.0, end=40.0, window=0.001, by_clock=True)
+    assert clock.waited([takes(3.0), takes(5.0)], takes(1.0), lambda number: number, span) == pytest.approx(
+        0.25
+    )
 
 
 def test_what_comes_before_an_operator_is_not_counted() -> None:

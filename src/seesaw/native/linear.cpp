@@ -1,4 +1,5 @@
-// y = x W^T (+ bias), for weights that lie as they are used: row-major, and nothing packed between calls.
+// y = x W^T (+ bias), for weights that lie as they are used: row-major, and nothing packed between calls. Here for few
+// rows; for many see packed_product.h.
 //
 // A tile of the result is a few rows of x times a few rows of W. Both run along K, so a tile is so many dot
 // products, each summed in the lanes of one vector register. Sixteen-bit weights are widened on the way, which

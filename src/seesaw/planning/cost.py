@@ -34,10 +34,11 @@ class Cost(msgspec.Struct, frozen=True, gc=False):
     arithmetic: float = 0.0
     """Products that arithmetic bounds."""
     attention: float = 0.0
+    """With what ranks of a group wait for each other behind it."""
     activations: float = 0.0
     """Norms, rotation and the like: reading and writing activations."""
     all_reduce: float = 0.0
-    """And waiting for the slowest rank of the group."""
+    """And waiting for the slowest rank of the group, behind all but attention."""
     overhead: float = 0.0
     """Launches, and what a step costs beside its operators."""
 

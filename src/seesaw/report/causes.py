@@ -49,7 +49,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "all_reduce": Cause(
         "all-reduce",
-        "tensor-parallel ranks add up",
+        "tensor-parallel ranks add up, and wait",
         "a faster link between the devices, or less tensor parallelism",
     ),
     "hand_over": Cause(
