@@ -7,16 +7,21 @@
 What follows `--` goes to `seesaw bench`. The table shows tokens/s of each contestant at each speed, marks the best
 static one (`*`: one layout in both phases, whatever its policy) and gives the ratio of the best re-sharded plan to
 it. Needs root, as the rig does.
+
+With `--profile` the rig is measured by `seesaw profile` before each bench, for contestants such as `auto@ranks=4`,
+which leave the plan to the planner; the table says what it took, and the ratio to the best plan that was named.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,6 +42,7 @@ def main() -> int:
         "--links", default="500mbit,1gbit,2gbit,4gbit", help="speeds with commas; 'none' is no limit"
     )
     parser.add_argument("--quota", default="auto", help="see the rig")
+    parser.add_argument("--profile", action="store_true", help="measure the rig first, for plan auto")
     parser.add_argument(
         "--record", metavar="NAME", help="write <date>-NAME.md and .json into benchmarks/results"
     )
@@ -64,21 +70,15 @@ def main() -> int:
 
 def run(args: argparse.Namespace, link: str) -> dict[str, Any] | None:
     """The JSON of one bench on a rig of this link speed."""
+    limits = ["--ranks", str(args.ranks), "--link", link, "--quota", args.quota]
+    seesaw = [sys.executable, "-m", "benchmarks.rig", "run", *limits, "--", sys.executable, "-m", "seesaw"]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "bench.json"
-        rig = [
-            "-m",
-            "benchmarks.rig",
-            "run",
-            "--ranks",
-            str(args.ranks),
-            "--link",
-            link,
-            "--quota",
-            args.quota,
-        ]
-        command = [sys.executable, *rig, "--", sys.executable, "-m", "seesaw", "bench", *args.bench]
-        subprocess.run([*command, "--json", str(path)], cwd=ROOT, check=False)
+        path, environment = Path(folder) / "bench.json", dict(os.environ)
+        if args.profile:
+            environment["SEESAW_PROFILE"] = str(Path(folder) / "profile.json")
+            subprocess.run([*seesaw, "profile"], cwd=ROOT, env=environment, check=False)
+        command = [*seesaw, "bench", *args.bench, "--json", str(path)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=False)
         if not path.exists():
             return None
         return {**json.loads(path.read_text()), "command": repeat()}
@@ -125,19 +125,42 @@ def speeds(found: dict[str, dict[str, Any]], number: int) -> list[str]:
     ]
     static = [best(column, reshards=False) for column in columns]
     resharded = [best(column, reshards=True) for column in columns]
+    fastest = [best_of(column, pair) for column, *pair in zip(columns, static, resharded, strict=True)]
     rows = []
     for name in columns[0]:
         cells = [cell(column[name], name == winner) for column, winner in zip(columns, static, strict=True)]
         rows.append([name, *cells])
-    ratios, shares = (
-        ["best re-sharded over best static"],
-        ["share of its floor: best re-sharded, best static"],
-    )
-    for column, winner, ours in zip(columns, static, resharded, strict=True):
-        both = winner is not None and ours is not None
-        ratios.append(f"**{rate(column[ours]) / rate(column[winner]):.2f}**" if both else NONE)
-        shares.append(", ".join(share(column[name]) if name else NONE for name in (ours, winner)))
-    return table(["contestant", *found], [*rows, ratios, shares])
+        if is_planned(columns[0][name]):
+            rows.append(["which took", *(str(column[name]["about"].get("plan", NONE)) for column in columns)])
+            over = [ratio(column, name, winner) for column, winner in zip(columns, fastest, strict=True)]
+            rows.append(["over the best plan named", *over])
+    ratios = [ratio(*three) for three in zip(columns, resharded, static, strict=True)]
+    shares = [
+        ", ".join(share(column[name]) if name else NONE for name in pair)
+        for column, *pair in zip(columns, resharded, static, strict=True)
+    ]
+    last = [
+        ["best re-sharded over best static", *ratios],
+        ["share of its floor: best re-sharded, best static", *shares],
+    ]
+    return table(["contestant", *found], [*rows, *last])
+
+
+def is_planned(one: dict[str, Any]) -> bool:
+    """Whether the plan was left to the planner."""
+    return bool(one["kind"] == "seesaw" and one["options"]["plan"] == "auto")
+
+
+def best_of(column: dict[str, dict[str, Any]], names: Iterable[str | None]) -> str | None:
+    """The fastest of those that there are."""
+    return max((name for name in names if name), key=lambda name: rate(column[name]), default=None)
+
+
+def ratio(column: dict[str, dict[str, Any]], name: str | None, other: str | None) -> str:
+    """Of the tokens/s of one contestant to another's."""
+    if not (name and other and column[name]["runs"]):
+        return NONE
+    return f"**{rate(column[name]) / rate(column[other]):.2f}**"
 
 
 def cell(one: dict[str, Any], best_static: bool) -> str:
@@ -159,13 +182,14 @@ def rate(one: dict[str, Any]) -> float:
 
 
 def best(column: dict[str, dict[str, Any]], *, reshards: bool) -> str | None:
-    """Name of the fastest of Seesaw's contestants that re-shard, or of those that do not."""
+    """Name of the fastest plan of those named that re-shard, or of those that do not."""
     names = [
         name
         for name, one in column.items()
-        if one["kind"] == "seesaw" and one["runs"] and Plan.parse(one["options"]["plan"]).reshards == reshards
+        if one["kind"] == "seesaw" and one["runs"] and not is_planned(one)
+        if Plan.parse(one["options"]["plan"]).reshards == reshards
     ]
-    return max(names, key=lambda name: rate(column[name]), default=None)
+    return best_of(column, names)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 from typing import Any
+
+import pytest
 
 from benchmarks import rig_sweep
 
@@ -71,3 +74,47 @@ def test_a_speed_without_a_static_plan_has_no_ratio() -> None:
     found["none"]["workloads"][0]["contestants"][1]["options"] = {"layout": "TP1"}
     lines = rig_sweep.speeds(found, 0)
     assert "| best re-sharded over best static | – |" in lines
+
+
+def test_what_the_planner_took_is_compared_with_plans_that_were_named() -> None:
+    found = {
+        "1gbit": result(
+            contestant("P2->T2", [130.0]), contestant("T2", [100.0]), contestant("auto@ranks=2", [143.0])
+        ),
+        "4gbit": result(
+            contestant("P2->T2", [80.0]), contestant("T2", [100.0]), contestant("auto@ranks=2", [97.0])
+        ),
+        "none": result(
+            contestant("P2->T2", [80.0]), contestant("T2", [100.0]), contestant("auto@ranks=2", [])
+        ),
+    }
+    for link, plan in (("1gbit", "D2->T2"), ("4gbit", "T2")):
+        found[link]["workloads"][0]["contestants"][2]["about"] = {"plan": plan}
+    found["none"]["workloads"][0]["contestants"][2].update(about={}, error="out of luck")
+    lines = rig_sweep.speeds(found, 0)
+    for line in (
+        "| auto@ranks=2 | 143 (143 to 143) | 97 (97 to 97) | failed |",
+        "| which took | D2->T2 | T2 | – |",
+        "| over the best plan named | **1.10** | **0.97** | – |",
+        "| best re-sharded over best static | **1.30** | **0.80** | **0.80** |",
+    ):
+        assert line in lines
+
+
+def test_the_rig_is_profiled_where_a_bench_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    profiles: list[str | None] = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> None:
+        commands.append(command[command.index("seesaw") :])
+        profiles.append(env.get("SEESAW_PROFILE"))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("SEESAW_PROFILE", raising=False)
+    args = argparse.Namespace(ranks=2, quota="auto", profile=True, bench=["--shape", "tiny"])
+    assert rig_sweep.run(args, "1gbit") is None
+    assert [command[1] for command in commands] == ["profile", "bench"]
+    assert profiles[0] == profiles[1] is not None
+    args.profile = False
+    rig_sweep.run(args, "1gbit")
+    assert commands[-1][1] == "bench" and len(commands) == 3 and profiles[-1] is None

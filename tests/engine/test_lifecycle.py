@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from seesaw import LLM, SamplingParams
 from seesaw.core.errors import WorkerError
 from tests.checkpoints import make_checkpoint
 
-SERVER = "seesaw.execution.fork_server"
+SERVER, RANK = "seesaw.execution.fork_server", "seesaw-rank"
 
 ENDLESS = """
 import signal, sys
@@ -40,7 +41,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def workers_of(pid: int) -> list[psutil.Process]:
     """The fork server of a control process and its workers."""
-    return [p for p in psutil.Process(pid).children(recursive=True) if SERVER in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # or it has ended, and waits for its parent
+            if SERVER in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def ranks_of(pid: int) -> list[psutil.Process]:
+    """The workers of a control process, by rank. Process ids say nothing of it: they may have started over."""
+    names = {process: process.name() for process in workers_of(pid)}
+    ranks = {process: int(name[len(RANK) :]) for process, name in names.items() if name.startswith(RANK)}
+    return sorted(ranks, key=ranks.__getitem__)
 
 
 def shared_memory() -> set[str]:
@@ -91,11 +104,11 @@ def test_a_killed_worker_is_named(checkpoint: Path, transport: str, tmp_path: Pa
     node = tmp_path / "node.json"
     node.write_text(json.dumps({"ranks": places}))
     params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-    before = {p.pid for p in workers_of(os.getpid())}
+    before = ranks_of(os.getpid())
     memory = {"device_memory": "16MiB", "host_kv": "1MiB"}
     options = {"transport": transport, "node": str(node), "on_rank_loss": "stop", **memory}
     with LLM(checkpoint, plan="T2", dtype="float32", **options) as llm:
-        workers = sorted((p for p in workers_of(os.getpid()) if p.pid not in before), key=lambda p: p.pid)
+        workers = [p for p in ranks_of(os.getpid()) if p not in before]
 
         def prompts() -> list[dict[str, list[int]]]:
             workers[-1].kill()
@@ -104,7 +117,7 @@ def test_a_killed_worker_is_named(checkpoint: Path, transport: str, tmp_path: Pa
         with pytest.raises(WorkerError) as caught:
             llm.generate(prompts(), params)
     assert "rank 1" in str(caught.value) and "ended without a word" in str(caught.value)
-    _, alive = psutil.wait_procs(workers[-2:], timeout=10)
+    _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
 
 

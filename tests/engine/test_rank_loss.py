@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from seesaw.execution.liveness import Liveness
 from seesaw.launch import LocalNode
 from tests.engine.conftest import write_model
 from tests.engine.small_node import SMALL, rows
-from tests.engine.test_lifecycle import workers_of
+from tests.engine.test_lifecycle import ranks_of
 
 COUNT, LONG = 120, 24
 ROOMY = SMALL | {"device_memory": "4MiB"}
@@ -41,10 +40,9 @@ def job() -> Iterator[Request]:
 @contextmanager
 def engine(model: Path, plan: str, **options: Any) -> Iterator[tuple[LLM, list[psutil.Process]]]:
     """An engine and its workers, by rank."""
-    before = {p.pid for p in workers_of(os.getpid())}
+    before = ranks_of(os.getpid())
     with LLM(model, plan=plan, tokenizer=False, **(ROOMY | options)) as llm:
-        found = [p for p in workers_of(os.getpid()) if p.pid not in before]
-        yield llm, sorted(found, key=lambda p: p.pid)[-llm.deployment.plan.world :]
+        yield llm, [p for p in ranks_of(os.getpid()) if p not in before]
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +92,15 @@ def test_one_of_two(plan: str, transport: str, model: Path, answers: Tokens) -> 
 def test_four_two_one(plan: str, model: Path, answers: Tokens) -> None:
     """The second loss is of a rank that was started after the first."""
     with engine(model, plan) as (llm, workers):
-        taken, killed = [], 0
+        taken, killed = [], False
         for output in llm.run(job()):
             taken.append(output)
             if len(taken) == 5:
                 workers[0].kill()
                 workers[2].kill()
             elif len(taken) >= 20 and llm.stats().rank_losses and not killed:
-                killed = max(p.pid for p in workers_of(os.getpid()))
-                os.kill(killed, signal.SIGKILL)
+                ranks_of(os.getpid())[-1].kill()
+                killed = True
         stats = llm.stats()
         world = llm.deployment.plan.world
     check(taken, answers)

@@ -28,7 +28,7 @@ from seesaw.device.base import Device
 from seesaw.device.select import open_device
 from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.graphs import RankGraphs
-from seesaw.execution.heap import keep_heap
+from seesaw.execution.heap import fill_heap, keep_heap
 from seesaw.execution.kv_copies import KvCopies
 from seesaw.execution.links import groups_of, links_of
 from seesaw.execution.liveness import BEAT
@@ -340,6 +340,8 @@ def _watch_control(pid: int) -> None:
 def worker_main(config: WorkerConfig) -> int:
     """Run a worker until it is told to shut down; returns the process's exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the control process's business
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(f"seesaw-rank{config.rank}")  # what ps and top show
     _watch_control(config.control_pid)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
@@ -365,6 +367,8 @@ def worker_main(config: WorkerConfig) -> int:
     try:
         enter(config.place)  # after the sockets to the control process are connected: it stays where it is
         keep_heap()
+        if kind_of(config.device) == "cpu":
+            fill_heap(config.weight_budget)
         torch.set_num_threads(config.threads)
         worker = Worker(config, report, open_device(config.device))
         report(worker.ready())

@@ -213,7 +213,8 @@ class Product {
         const int64_t share = round_up((a_.columns + threads_ - 1) / threads_, GRAIN);
         for (first_ = 0; first_ < a_.rows; first_ += batch_) {
             count_ = std::min(batch_, a_.rows - first_);
-            each((count_ + ROWS - 1) / ROWS, threads_, [&](int64_t i) { return widen(i * ROWS); });
+            panels_ = (count_ + ROWS - 1) / ROWS;
+            each(panels_, threads_, [&](int64_t i) { return widen(top(i), top(i + 1) - top(i)); });
             const Status status = each((a_.columns + share - 1) / share, threads_, [&](int64_t i) {
                 return columns(i * share, std::min(a_.columns, (i + 1) * share));
             });
@@ -223,9 +224,11 @@ class Product {
     }
 
   private:
+    // The first row of a panel. Panels differ by a row at most: tiles of one or two rows keep few sums going.
+    int64_t top(int64_t panel) const { return count_ * panel / panels_; }
+
     // A panel holds up to ROWS rows of x, STEP elements of K of each in turn.
-    Status widen(int64_t first) const {
-        const int64_t rows = std::min<int64_t>(ROWS, count_ - first);
+    Status widen(int64_t first, int64_t rows) const {
         float* to = x_ + first * padded_;
         for (int64_t r = 0; r < rows; ++r) {
             const T* from = (const T*)a_.x + (first_ + first + r) * a_.x_stride;
@@ -254,10 +257,9 @@ class Product {
         const bool last = k + depth == a_.depth;
         const int64_t next_n = last ? stop : n, next_k = last ? 0 : k + depth;
         const int64_t next_rows = std::min(end, next_n + block_) - next_n;
-        const int64_t panels = (count_ + ROWS - 1) / ROWS;
-        for (int64_t p = 0; p < panels; ++p) {
-            const int64_t r = p * ROWS, rows = std::min<int64_t>(ROWS, count_ - r);
-            const int64_t from = next_rows * p / panels, to = next_rows * (p + 1) / panels;
+        for (int64_t p = 0; p < panels_; ++p) {
+            const int64_t r = top(p), rows = top(p + 1) - r;
+            const int64_t from = next_rows * p / panels_, to = next_rows * (p + 1) / panels_;
             const T* next = weight(next_n + from, next_k);
             const Ahead ahead{(const char*)next, a_.weight_stride * (int64_t)sizeof(T), to - from};
             float* part = sums + (span_ < a_.depth ? r * block_ : 0);
@@ -291,6 +293,7 @@ class Product {
     int64_t batch_, block_;  // rows of x and of W that pass together
     int64_t threads_;
     int64_t first_, count_;  // the batch at hand
+    int64_t panels_;         // that it is cut into
     float* x_;               // its panels
 };
 
