@@ -367,7 +367,7 @@ def worker_main(config: WorkerConfig) -> int:
     try:
         enter(config.place)  # after the sockets to the control process are connected: it stays where it is
         keep_heap()
-        if kind_of(config.device) == "cpu":
+        if kind_of(config.device).on_host:
             fill_heap(config.weight_budget)
         torch.set_num_threads(config.threads)
         worker = Worker(config, report, open_device(config.device))
