@@ -1,4 +1,4 @@
-"""Workers' heaps are kept, filled beforehand, and of huge pages, where C library and kernel have them."""
+"""Workers' heaps are kept, and of huge pages, where C library and kernel have them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from seesaw.execution.fork_server import ForkServer
-from seesaw.execution.heap import fill_heap, with_huge_pages
+from seesaw.execution.heap import with_huge_pages
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE = "glibc.malloc.hugetlb=1"
@@ -35,7 +35,7 @@ for line in open("/proc/self/smaps"):
 
 FAULTS = """
 import ctypes, resource, sys
-from seesaw.execution.heap import fill_heap, keep_heap
+from seesaw.execution.heap import keep_heap
 keep_heap()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -45,8 +45,6 @@ if sys.argv[1] == "kept":  # used once, and given back
     place = libc.malloc(ctypes.c_size_t(size))
     ctypes.memset(place, 1, size)
     libc.free(place)
-elif sys.argv[1] == "filled":
-    fill_heap(size)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
     ctypes.memset(libc.malloc(ctypes.c_size_t(size // 4 - 64)), 1, size // 4 - 64)
@@ -98,13 +96,3 @@ def test_workers_are_forked_from_a_process_with_huge_pages() -> None:
 
 def test_memory_given_back_has_its_pages_still() -> None:
     assert faults("kept", 64 << 20) < faults("fresh", 64 << 20) / 5
-
-
-def test_a_heap_filled_beforehand_has_no_faults_when_it_is_used() -> None:
-    if tuple(map(int, platform.release().split(".")[:2])) < (5, 14):
-        pytest.skip("the kernel fills no memory beforehand")
-    assert faults("filled", 64 << 20) < faults("fresh", 64 << 20) / 5
-
-
-def test_memory_that_there_is_not_is_left_to_whoever_needs_it() -> None:
-    fill_heap(1 << 62)

@@ -1,20 +1,15 @@
-"""Workers' heaps: kept, so that memory given back by one operator serves the next one as it is, filled with pages
-before it is needed, and of huge ones."""
+"""Workers' heaps: kept, so that memory given back by one operator serves the next one as it is, and of huge pages."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
-import os
 from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 """glibc's numbers of the parameters of `mallopt`."""
-_POPULATE_WRITE = 23
-"""Linux's number of the advice to `madvise`, since 5.14."""
 _TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 
 
@@ -44,22 +39,3 @@ def keep_heap() -> None:
     for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 16 << 20)):
         if mallopt(parameter, value) != 1:
             logger.debug("mallopt(%d, %d) was refused", parameter, value)
-
-
-def fill_heap(size: int) -> None:
-    """Have the system put pages behind the next `size` bytes of a kept heap, which would come at first touch.
-
-    So they are paid for once, at the start, and not by whoever happens to be first to use them: without it the first
-    transitions of a job, which need more than the weights they begin with, take several times as long as the later
-    ones. What the system refuses (memory that there is not, Linux before 5.14) comes at first touch as before.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-    libc.free.argtypes = (ctypes.c_void_p,)
-    place = libc.malloc(size)
-    if place is None:
-        return
-    begin, end = -(-place // mmap.PAGESIZE) * mmap.PAGESIZE, (place + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    if begin < end and libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _POPULATE_WRITE):
-        logger.debug("%d bytes of heap come at first touch: %s", size, os.strerror(ctypes.get_errno()))
-    libc.free(place)

@@ -28,7 +28,7 @@ from seesaw.device.base import Device
 from seesaw.device.select import open_device
 from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.graphs import RankGraphs
-from seesaw.execution.heap import fill_heap, keep_heap
+from seesaw.execution.heap import keep_heap
 from seesaw.execution.kv_copies import KvCopies
 from seesaw.execution.links import groups_of, links_of
 from seesaw.execution.liveness import BEAT
@@ -55,6 +55,7 @@ from seesaw.transport.base import Transport
 from seesaw.transport.select import create_transport, staged_for
 from seesaw.weights.arrivals import Arrivals
 from seesaw.weights.changes import Mode
+from seesaw.weights.memory import HostArena
 from seesaw.weights.reshard import RankWeights, Reshard
 from seesaw.weights.sharding import Sharding, rank_view
 from seesaw.weights.store import HostWeightStore, StoreSource
@@ -110,6 +111,7 @@ class Worker:
             device=device,
             budget=config.weight_budget,
             lock=config.lock_weights,
+            arena=self._make_arena(),
         )
         self._weights.load(self._shardings[0])
         self._check_weights()
@@ -157,6 +159,11 @@ class Worker:
     def _open_store(self) -> HostWeightStore:
         dummy = cast(DType, self._config.dtype) if self._config.dummy_weights else None
         return StoreSource(self._config.store_path, self._spec, dummy).open()
+
+    def _make_arena(self) -> HostArena | None:
+        if not kind_of(self._config.device).on_host:
+            return None
+        return HostArena(self._config.weight_budget, scattered=self._config.transition_mode == "delta")
 
     def _pool_bytes(self, index: int) -> int:
         view, config = self._views[index], self._config
@@ -367,8 +374,6 @@ def worker_main(config: WorkerConfig) -> int:
     try:
         enter(config.place)  # after the sockets to the control process are connected: it stays where it is
         keep_heap()
-        if kind_of(config.device).on_host:
-            fill_heap(config.weight_budget)
         torch.set_num_threads(config.threads)
         worker = Worker(config, report, open_device(config.device))
         report(worker.ready())

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-
 import torch
 from torch import Tensor
 
 from seesaw.core.errors import MemoryBudgetError
-
-_HUGE_PAGE = 2 << 20
+from seesaw.device.host_memory import reserve
 
 
 class DevicePool:
@@ -70,14 +66,6 @@ def _allocate(size: int, device: torch.device | None) -> Tensor:
 
 
 def _reserve(size: int) -> Tensor:
-    """Anonymous memory, in huge pages where the system has them: decode reads blocks in random order."""
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
-    try:
-        region = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryBudgetError(f"device pool: {size:,} bytes cannot be reserved: {error}") from error
-    if size >= _HUGE_PAGE:
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            region.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(region, dtype=torch.uint8)
+    return torch.frombuffer(reserve(size, "device pool"), dtype=torch.uint8)

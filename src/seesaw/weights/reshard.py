@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from seesaw.core.model_spec import DTYPE_BYTES, DType, ModelSpec
@@ -15,6 +13,7 @@ from seesaw.device.cpu import CpuDevice
 from seesaw.weights.arrivals import Arrivals
 from seesaw.weights.copies import copy_box
 from seesaw.weights.host_copies import HostCopies
+from seesaw.weights.memory import HostArena, MemoryLedger
 from seesaw.weights.schedule import Schedule, all_at_once, schedule
 from seesaw.weights.sharding import (
     CopyList,
@@ -61,29 +60,6 @@ class Reshard:
         return self.stats()
 
 
-class MemoryLedger:
-    """Bytes of the device tensors that exist, counted when memory is taken and when it is really freed.
-
-    A tensor that somebody still refers to, even by a view, counts until that reference is gone.
-    """
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.peak_bytes = 0
-
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor; the only place where device memory for weights is taken."""
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        size = tensor.numel() * tensor.element_size()
-        self.bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
-        weakref.finalize(tensor.untyped_storage(), self._release, size).atexit = False
-        return tensor
-
-    def _release(self, size: int) -> None:
-        self.bytes -= size
-
-
 class RankWeights:
     """The device tensors of `rank` under its current sharding, in the compute type `dtype`.
 
@@ -109,17 +85,18 @@ class RankWeights:
         device: Device | None = None,
         budget: int = 0,
         lock: bool = True,
+        arena: HostArena | None = None,
     ) -> None:
         """`device` is a CPU rank's unless given.
 
         `budget` are the bytes that weights may take. On a device whose streams run beside each other, what of it a
         transition by `delta` or `reload` finds free takes tensors in while computation goes on. Whatever it is, no
         transition takes more than the larger of it and `plan_peak_bytes`. With `lock` a GPU reaches the store itself,
-        which stays in the host's memory until `close`.
+        which stays in the host's memory until `close`. On a CPU rank weights lie in `arena`, if there is one.
         """
         self.tensors: dict[str, Tensor] = {}
         self.sharding: Sharding | None = None
-        self.ledger = MemoryLedger()
+        self.ledger = MemoryLedger(arena)
         self._spec = spec
         self._store = store
         self._dtype = dtype

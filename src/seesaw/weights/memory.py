@@ -1,0 +1,78 @@
+"""Memory for the weights of a rank: counted, and on a host laid out in one stretch that has its pages beforehand."""
+
+from __future__ import annotations
+
+import weakref
+from math import prod
+
+import torch
+from torch import Tensor
+
+from seesaw.device.host_memory import reserve
+from seesaw.weights.arena import Arena
+
+_SPARE = 8
+"""This part of the budget more for what does not fit the gaps between tensors."""
+
+
+class MemoryLedger:
+    """Bytes of the device tensors that exist, counted when memory is taken and when it is really freed.
+
+    A tensor that somebody still refers to, even by a view, counts until that reference is gone. With an `arena`
+    tensors lie in it as long as they fit.
+    """
+
+    def __init__(self, arena: HostArena | None = None) -> None:
+        self.bytes = 0
+        self.peak_bytes = 0
+        self._arena = arena
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor; the only place where device memory for weights is taken."""
+        size = prod(shape) * dtype.itemsize
+        place = self._arena.take(size) if self._arena and size else None
+        if self._arena is None or place is None:
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+        else:
+            tensor = self._arena.tensor(place, shape, dtype)
+        self.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        weakref.finalize(tensor.untyped_storage(), self._release, size, place).atexit = False
+        return tensor
+
+    def _release(self, size: int, place: int | None) -> None:
+        self.bytes -= size
+        if self._arena is not None and place is not None:
+            self._arena.give(place, size)
+
+
+class HostArena:
+    """Host memory in which a rank lays its weights, so that transitions neither scatter them over a growing heap nor
+    wait for the system to clear pages.
+    """
+
+    def __init__(self, budget: int, *, scattered: bool) -> None:
+        """For weights of up to `budget` bytes; `scattered` if they come and go one by one, which leaves gaps.
+
+        Raises `MemoryBudgetError` if the system refuses.
+        """
+        self._arena = Arena(budget + (budget // _SPARE if scattered else 0))
+        self._region = reserve(self._arena.size, "weights", filled=True)
+
+    @property
+    def free(self) -> int:
+        """Bytes in which no tensor lies."""
+        return self._arena.free
+
+    def take(self, size: int) -> int | None:
+        """See `Arena.take`."""
+        return self._arena.take(size)
+
+    def give(self, offset: int, size: int) -> None:
+        """See `Arena.give`. No tensor may lie there any more."""
+        self._arena.give(offset, size)
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The bytes from `offset` on, as a tensor with a storage of its own."""
+        flat = torch.frombuffer(self._region, dtype=dtype, count=prod(shape), offset=offset)
+        return flat.view(shape)
