@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_pieces_never_overlap_and_the_whole_comes_back() -> None:
             assert offset % 64 == 0
             held[offset] = size
         ends = [(offset, offset + -(-size // 64) * 64) for offset, size in sorted(held.items())]
-        assert all(end <= begin for (_, end), (begin, _) in zip(ends, ends[1:], strict=False))
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(ends))
         assert not ends or (ends[0][0] >= 0 and ends[-1][1] <= arena.size)
         assert arena.free == arena.size - sum(end - begin for begin, end in ends)
     assert refused > 100
@@ -130,7 +131,7 @@ def test_weights_lie_in_the_arena_and_elsewhere_what_does_not_fit(mode: Mode, sh
         weights.transition((second, first)[cycle % 2], mode)
     assert weights.peak_bytes == peak
     taken = everything - arena.free
-    assert 0 < taken
+    assert taken > 0
     if share == 1.0 and mode != "delta":
         assert taken >= weights.ledger.bytes  # rounded up, tensor by tensor
     weights.tensors.clear()

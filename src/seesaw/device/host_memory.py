@@ -13,8 +13,8 @@ _POPULATE_WRITE = 23
 
 
 def reserve(size: int, what: str, *, filled: bool = False) -> mmap.mmap:
-    """`size` bytes of anonymous memory (above 0), in huge pages where the system has them: what is read by the gigabyte,
-    or in random order, spends much of its time on looking up small ones.
+    """`size` bytes of anonymous memory (above 0), in huge pages where the system has them: reading gigabytes, or in
+    random order, spends much of its time on looking up small ones.
 
     Pages come at first touch or, with `filled`, now: the system clears them at a tenth of the speed of memory, and
     slower on a virtual machine. Raises `MemoryBudgetError`, which names `what`, if the system refuses the bytes.
@@ -26,7 +26,7 @@ def reserve(size: int, what: str, *, filled: bool = False) -> mmap.mmap:
     with contextlib.suppress(OSError):  # a kernel without huge pages
         if size >= _HUGE_PAGE:
             region.madvise(mmap.MADV_HUGEPAGE)
-    with contextlib.suppress(OSError):  # an older kernel, or too little memory: they come at first touch after all
+    with contextlib.suppress(OSError):  # an older kernel: they come at first touch after all
         if filled:
             region.madvise(_POPULATE_WRITE)
     return region
