@@ -207,7 +207,7 @@ class Product {
     }
 
     Status run() {
-        static thread_local Scratch scratch;
+        static thread_local Scratch<float> scratch;
         x_ = scratch.reserve(batch_ * padded_);
         if (!x_) return NO_MEMORY;
         const int64_t share = round_up((a_.columns + threads_ - 1) / threads_, GRAIN);
@@ -243,7 +243,7 @@ class Product {
     }
 
     Status columns(int64_t begin, int64_t end) const {
-        static thread_local Scratch scratch;
+        static thread_local Scratch<float> scratch;
         float* sums = scratch.reserve((span_ < a_.depth ? count_ : ROWS) * block_);
         if (!sums) return NO_MEMORY;
         for (int64_t n = begin; n < end; n += block_)

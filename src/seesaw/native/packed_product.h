@@ -67,7 +67,7 @@ class PackedProduct {
     Status part(int64_t first, int64_t last, int64_t begin, int64_t end) const {
         if (first >= last || begin >= end) return OK;
         const int64_t rows = even(last - first, MOST_ROWS, ROWS), columns = even(end - begin, MOST_COLUMNS, COLUMNS);
-        static thread_local Scratch scratch;
+        static thread_local Scratch<float> scratch;
         const int64_t of_x = round_up(rows * SPAN + LANES, COLUMNS), of_w = columns * SPAN;
         float* x = scratch.reserve(of_x + of_w + rows * columns);
         if (!x) return NO_MEMORY;

@@ -11,12 +11,11 @@
 // decode equals prefill, chunked equals whole, and the batch around a sequence makes no difference.
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "scratch.h"
 #include "small_product.h"
 #include "vectors.h"
 
@@ -28,7 +27,6 @@ constexpr int64_t TILE_ROWS = 128;  // query rows that share a packed chunk
 constexpr int64_t PREFETCH_ROWS = 32;  // with more rows the products take longer than memory does
 constexpr int64_t FEW_ROWS = 8;        // up to so many, V is not packed
 
-enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Status : int32_t { OK = 0, BAD_SLOT = 1, BAD_BLOCK = 2, BAD_DTYPE = 3, BAD_BATCH = 4, NO_MEMORY = 5 };
 
 // Mirrored by `_Arguments` in attention/cpu.py. Strides count elements.
@@ -50,15 +48,9 @@ struct Arguments {
     float scale;
 };
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// ---- what a thread works in -----------------------------------------------------------------------------------
 
-// ---- scratch memory of one thread -----------------------------------------------------------------------------
-
-struct Free {
-    void operator()(void* p) const { std::free(p); }
-};
-
-class Scratch {
+class Workspace {
   public:
     uint32_t *q, *k, *v, *p, *zeros;
     float *scores, *out, *top, *total;
@@ -69,12 +61,8 @@ class Scratch {
                                  rows * width, rows,          rows * LANES,  width};
         int64_t starts[9], words = 0;
         for (int i = 0; i < 9; ++i) starts[i] = words, words += round_up(sizes[i], LANES);
-        if (words > capacity_) {
-            memory_.reset((uint32_t*)std::aligned_alloc(64, (size_t)words * 4));
-            capacity_ = memory_ ? words : 0;
-            if (!memory_) return false;
-        }
-        uint32_t* base = memory_.get();
+        uint32_t* base = memory_.reserve(words);
+        if (!base) return false;
         q = base + starts[0], k = base + starts[1], v = base + starts[2], p = base + starts[3];
         scores = (float*)(base + starts[4]), out = (float*)(base + starts[5]);
         top = (float*)(base + starts[6]), total = (float*)(base + starts[7]);
@@ -84,8 +72,7 @@ class Scratch {
     }
 
   private:
-    std::unique_ptr<uint32_t, Free> memory_;
-    int64_t capacity_ = 0;
+    Scratch<uint32_t> memory_;
 };
 
 // ---- one item -------------------------------------------------------------------------------------------------
@@ -99,7 +86,7 @@ class Attention {
     using T = typename S::T;
 
   public:
-    Attention(const Arguments& a, const Item& item, Scratch& scratch) : a_(a), item_(item), s_(scratch) {
+    Attention(const Arguments& a, const Item& item, Workspace& space) : a_(a), item_(item), s_(space) {
         group_ = a.q_heads / a.kv_heads;
         rows_ = item.count * group_;
         width_ = round_up(a.head_dim, LANES);
@@ -371,7 +358,7 @@ class Attention {
 
     const Arguments& a_;
     const Item& item_;
-    Scratch& s_;
+    Workspace& s_;
     int64_t group_, rows_, width_, units_, position_, plane_;
     const int32_t* table_;
     bool prefetch_, few_;
@@ -384,13 +371,13 @@ class Attention {
 // ---- the batch ------------------------------------------------------------------------------------------------
 
 Status run_item(const Arguments& a, const Item& item) {
-    static thread_local Scratch scratch;
-    if (a.pool_dtype == FLOAT32) return Attention<F32, false>(a, item, scratch).run();
-    if (a.pool_dtype == FLOAT16) return Attention<F16, false>(a, item, scratch).run();
+    static thread_local Workspace space;
+    if (a.pool_dtype == FLOAT32) return Attention<F32, false>(a, item, space).run();
+    if (a.pool_dtype == FLOAT16) return Attention<F16, false>(a, item, space).run();
 #if SEESAW_BF16_DOT
-    if (a.q_dtype == BFLOAT16) return Attention<BF16, true>(a, item, scratch).run();
+    if (a.q_dtype == BFLOAT16) return Attention<BF16, true>(a, item, space).run();
 #endif
-    return Attention<BF16, false>(a, item, scratch).run();
+    return Attention<BF16, false>(a, item, space).run();
 }
 
 // Copies K and V of each new token (of the pool's type) to the token's slot.

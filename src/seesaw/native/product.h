@@ -2,9 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
+#include "scratch.h"
 #include "vectors.h"
 
 namespace seesaw {
@@ -18,10 +17,8 @@ constexpr int WIDTH = 8;
 #else
 constexpr int WIDTH = 4;
 #endif
-constexpr int64_t LINE = 64;        // bytes of a cache line
 constexpr int64_t SMALL = 1 << 20;  // products that are not worth waking other threads
 
-enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Status : int32_t { OK = 0, BAD_DTYPE = 1, NO_MEMORY = 2 };
 
 // Strides count elements.
@@ -34,8 +31,6 @@ struct Arguments {
     int64_t x_stride, weight_stride;
     int32_t threads;
 };
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Keeps a value in a register, if it fits one, where the compiler would rather load it anew for each use.
 template <class V>
@@ -50,26 +45,6 @@ inline void pin(V& v) {
 #endif
     }
 }
-
-struct Free {
-    void operator()(void* p) const { std::free(p); }
-};
-
-// Memory that a thread keeps from call to call.
-class Scratch {
-  public:
-    float* reserve(int64_t floats) {
-        if (floats > capacity_) {
-            memory_.reset((float*)std::aligned_alloc(LINE, (size_t)round_up(floats * 4, LINE)));
-            capacity_ = memory_ ? floats : 0;
-        }
-        return memory_.get();
-    }
-
-  private:
-    std::unique_ptr<float, Free> memory_;
-    int64_t capacity_ = 0;
-};
 
 // Calls `work(i)` for i below `count` on up to `threads` threads; returns the worst status.
 template <class Work>

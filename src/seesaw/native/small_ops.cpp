@@ -14,8 +14,6 @@ namespace {
 constexpr int64_t PARALLEL_ELEMENTS = 1 << 16;  // with fewer, waking threads takes longer than the work
 constexpr int64_t BLOCK = 1024;                 // elements of a row that argmax looks at together
 
-enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-
 // Calls `row(i)` for every row.
 template <class Row>
 void for_rows(int64_t rows, int64_t elements, int32_t threads, const Row& row) {

@@ -162,6 +162,9 @@ inline uint16_t half_from_float(float x) {
     return (uint16_t)(sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
+// How callers name a storage type.
+enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
 struct F32 {
     using T = float;
     static vf read(const T* p) { return load<vf>(p); }
