@@ -70,7 +70,13 @@ def kill_after(outputs: Iterator[Any], moments: dict[int, list[psutil.Process]])
 
 
 @pytest.mark.parametrize(
-    ("plan", "transport"), [("P2->T2", "shm"), ("T2", "gloo"), ("D2", "shm"), ("P2->P2", "gloo")]
+    ("plan", "transport"),
+    [
+        ("P2->T2", "shm"),
+        ("T2", "gloo"),
+        pytest.param("D2", "shm", marks=pytest.mark.slow),
+        pytest.param("P2->P2", "gloo", marks=pytest.mark.slow),
+    ],
 )
 def test_one_of_two(plan: str, transport: str, model: Path, answers: Tokens) -> None:
     with engine(model, plan, transport=transport) as (llm, workers):
