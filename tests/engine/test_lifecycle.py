@@ -51,8 +51,11 @@ def workers_of(pid: int) -> list[psutil.Process]:
 
 def ranks_of(pid: int) -> list[psutil.Process]:
     """The workers of a control process, by rank. Process ids say nothing of it: they may have started over."""
-    names = {process: process.name() for process in workers_of(pid)}
-    ranks = {process: int(name[len(RANK) :]) for process, name in names.items() if name.startswith(RANK)}
+    ranks = {}
+    for process in workers_of(pid):
+        with suppress(psutil.NoSuchProcess):
+            if (name := process.name()).startswith(RANK):
+                ranks[process] = int(name[len(RANK) :])
     return sorted(ranks, key=ranks.__getitem__)
 
 

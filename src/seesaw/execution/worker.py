@@ -111,7 +111,7 @@ class Worker:
             device=device,
             budget=config.weight_budget,
             lock=config.lock_weights,
-            arena=self._make_arena(),
+            arena=arena_of(config),
         )
         self._weights.load(self._shardings[0])
         self._check_weights()
@@ -159,11 +159,6 @@ class Worker:
     def _open_store(self) -> HostWeightStore:
         dummy = cast(DType, self._config.dtype) if self._config.dummy_weights else None
         return StoreSource(self._config.store_path, self._spec, dummy).open()
-
-    def _make_arena(self) -> HostArena | None:
-        if not kind_of(self._config.device).on_host:
-            return None
-        return HostArena(self._config.weight_budget, scattered=self._config.transition_mode == "delta")
 
     def _pool_bytes(self, index: int) -> int:
         view, config = self._views[index], self._config
@@ -328,6 +323,13 @@ class Worker:
             self.trace.flush()
         if self._profile is not None:
             self._profile.write(Path(self._config.profile) / f"rank{self._config.rank}.json")
+
+
+def arena_of(config: WorkerConfig) -> HostArena | None:
+    """Where a rank that computes on the host lays its weights; a GPU's allocator has means of its own."""
+    if not kind_of(config.device).on_host:
+        return None
+    return HostArena(config.weight_budget, scattered=config.transition_mode == "delta")
 
 
 def _watch_control(pid: int) -> None:

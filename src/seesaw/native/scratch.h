@@ -1,16 +1,13 @@
 // Memory that a thread keeps from call to call.
 #pragma once
 
-#include <cstdint>
 #include <cstdlib>
 #include <memory>
 
+#include "lines.h"
+
 namespace seesaw {
 namespace {
-
-constexpr int64_t LINE = 64;  // bytes of a cache line
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 template <class T>
 class Scratch {

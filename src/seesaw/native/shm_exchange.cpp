@@ -34,6 +34,7 @@
 
 namespace {
 
+using seesaw::LINE, seesaw::round_up;
 using namespace seesaw::shm;
 using seesaw::sum_item_bytes;
 using seesaw::sum_members;

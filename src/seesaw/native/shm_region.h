@@ -11,11 +11,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "lines.h"
+
 namespace seesaw::shm {
 
 constexpr uint64_t MAGIC = 0x53656553617731ull;
 constexpr int CHANNELS = 2, MAX_CORES = 1024;
-constexpr int64_t LINE = 64, PAGE = 4096;
+constexpr int64_t PAGE = 4096;
 
 // What the creator decides; written once into the first page. `transport/shared_memory.py` has the same fields.
 struct Shape {
@@ -54,8 +56,6 @@ struct alignas(LINE) Ring {
     alignas(LINE) std::atomic<uint64_t> taken;
     Piece* pieces() { return (Piece*)(this + 1); }
 };
-
-inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // Where everything lies.
 struct Map {

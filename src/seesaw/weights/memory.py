@@ -46,7 +46,7 @@ class MemoryLedger:
             self._arena.give(place, size)
 
 
-class HostArena:
+class HostArena(Arena):
     """Host memory in which a rank lays its weights, so that transitions neither scatter them over a growing heap nor
     wait for the system to clear pages.
     """
@@ -56,21 +56,8 @@ class HostArena:
 
         Raises `MemoryBudgetError` if the system refuses.
         """
-        self._arena = Arena(budget + (budget // _SPARE if scattered else 0))
-        self._region = reserve(self._arena.size, "weights", filled=True)
-
-    @property
-    def free(self) -> int:
-        """Bytes in which no tensor lies."""
-        return self._arena.free
-
-    def take(self, size: int) -> int | None:
-        """See `Arena.take`."""
-        return self._arena.take(size)
-
-    def give(self, offset: int, size: int) -> None:
-        """See `Arena.give`. No tensor may lie there any more."""
-        self._arena.give(offset, size)
+        super().__init__(budget + (budget // _SPARE if scattered else 0))
+        self._region = reserve(self.size, "weights", filled=True)
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The bytes from `offset` on, as a tensor with a storage of its own."""
