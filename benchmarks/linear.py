@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from seesaw.native.build import load
-from seesaw.ops.cpu_linear import PACKED_ROWS, CpuLinear
+from seesaw.ops.cpu_linear import CpuLinear
 
 SHAPES = "2048x1024 1024x1024 5632x1024 1024x2816 32000x1024 2560x2048 2048x2048 11264x2048 2048x5632".split()
 MEMORY = 192 << 20  # bytes of weights that take turns
@@ -73,7 +73,7 @@ def tables(linear: CpuLinear, args: argparse.Namespace) -> None:
             weights = [torch.randn(columns, depth).to(dtype) for _ in range(count)]
             for rows in args.rows:
                 cells = measure(products, weights, rows, args.seconds)
-                cells[rows >= PACKED_ROWS if linear.is_native(dtype) else 2] += " *"
+                cells[rows >= linear.packed_rows if linear.is_native(dtype) else 2] += " *"
                 print(f"{name:9} {shape:>12} {rows:5}   {cells[0]:18} {cells[1]:18} {cells[2]}", flush=True)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seesaw.native import build
-from seesaw.ops.cpu_linear import PACKED_ROWS, CpuLinear
+from seesaw.ops.cpu_linear import CpuLinear
 from seesaw.ops.torch_ops import TorchOperators
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,7 +130,7 @@ def test_infinities_and_nan_go_through(linear: CpuLinear, dtype: torch.dtype, pa
 
 def test_every_choice_gives_the_product(linear: CpuLinear) -> None:
     for dtype in (*TYPES, torch.float64):
-        for rows in (1, PACKED_ROWS - 1, PACKED_ROWS):
+        for rows in (1, linear.packed_rows - 1, linear.packed_rows):
             x, weight, bias = operands(rows, 30, 48, dtype)
             for addend in (bias, None):
                 out = torch.empty(rows, 30, dtype=dtype)
@@ -145,19 +145,17 @@ def test_every_choice_gives_the_product(linear: CpuLinear) -> None:
 
 def test_the_number_of_rows_chooses_the_kernel(linear: CpuLinear) -> None:
     """A product of one type is the same in both ways but for its rounding, and so tells which one was taken."""
-    x, weight, _ = operands(PACKED_ROWS, 300, 900, torch.float32)
-    for rows in (PACKED_ROWS - 1, PACKED_ROWS):
+    x, weight, _ = operands(linear.packed_rows, 300, 900, torch.float32)
+    for rows in (linear.packed_rows - 1, linear.packed_rows):
         ways = [linear.native(x[:rows], weight, packed=packed) for packed in (False, True)]
         assert not torch.equal(*ways)
-        assert torch.equal(linear.native(x[:rows], weight), ways[rows >= PACKED_ROWS])
+        assert torch.equal(linear.native(x[:rows], weight), ways[rows >= linear.packed_rows])
 
 
 def test_types_that_the_cpu_has_better_means_for_are_left_to_torch(library: ctypes.CDLL) -> None:
     class Better:
         def __getitem__(self, name: str) -> object:
-            if name != "seesaw_linear_better":
-                return library[name]
-            return _Function(0b010)
+            return _Function(0b010) if name == "seesaw_linear_better" else library[name]
 
     linear = CpuLinear(cast(ctypes.CDLL, Better()))
     assert not linear.is_native(torch.bfloat16) and not linear.is_native(torch.float64)

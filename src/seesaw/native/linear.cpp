@@ -2,12 +2,14 @@
 // rows; for many see packed_product.h.
 //
 // A tile of the result is a few rows of x times a few rows of W. Both run along K, so a tile is so many dot
-// products, each summed in the lanes of one vector register. Sixteen-bit weights are widened on the way, which
-// hides behind the multiplications: of a vector of bfloat16 pairs, the even elements by a shift and the odd ones by
-// a mask. x is widened and reordered to match, once per call.
+// products, each summed in the lanes of one vector register. Where there is an instruction that multiplies pairs of
+// bfloat16, it takes them as they are. Other sixteen-bit weights are widened on the way, which hides behind the
+// multiplications: of a vector of bfloat16 pairs, the even elements by a shift and the odd ones by a mask. x is
+// widened and reordered to match, once per call.
 //
 // K is cut into equal spans, so that the rows of x of a tile stay in the first-level cache, and N into blocks, so
-// that the rows of W stay in the second-level one while all rows of x pass. Meanwhile the next block is fetched.
+// that the rows of W stay in the second-level one while all rows of x pass. Meanwhile the next block is fetched. With so
+// few rows that one tile holds them, a block is the columns of a tile, and the next one is fetched along whole rows.
 //
 // An element of the result depends on its row of x, its row of W and K alone: it sums in the same order in
 // whatever tile it sits. Hence neither the rows beside it nor the number of threads make a difference.
@@ -28,30 +30,60 @@ constexpr int ROWS = 6, COLUMNS[] = {0, 12, 8, 6, 6, 4, 4};  // 32 registers
 #else
 constexpr int ROWS = 4, COLUMNS[] = {0, 6, 4, 3, 3};  // 16 registers
 #endif
-constexpr int64_t STEP = 2 * WIDTH;          // elements of K that a tile takes at a time
-constexpr int64_t LONGEST_SPAN = 1024;       // of K: the rows of x of a tile fill half of a first-level cache
-constexpr int64_t BLOCK_BYTES = 96 << 10;    // of W: at hand, and as much again that is being fetched
-constexpr int64_t PANEL_BYTES = 1 << 20;     // of widened x
-constexpr int64_t FEWEST_ROWS = 64;          // to widen at a time, however long: W is streamed once for them
-constexpr int64_t GRAIN = 24;                // columns that a thread takes are a multiple
+// LONGEST_SPAN of K, in floats: the rows of x of a tile leave room for others in the first-level cache. BLOCK_BYTES of
+// W: at hand, and as much again that is being fetched.
+#if defined(__AVX512F__)
+constexpr int64_t LONGEST_SPAN = 512, BLOCK_BYTES = 192 << 10;  // second-level caches of 1 MiB and more
+#else
+constexpr int64_t LONGEST_SPAN = 1024, BLOCK_BYTES = 96 << 10;
+#endif
+constexpr int64_t STEP = 2 * WIDTH;       // elements of K that a tile takes at a time
+constexpr int64_t PANEL_BYTES = 1 << 20;  // of x, widened
+constexpr int64_t FEWEST_ROWS = 64;       // to widen at a time, however long: W is streamed once for them
+constexpr int64_t GRAIN = 24;             // columns that a thread takes are a multiple
 typedef float wf __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef uint32_t wu __attribute__((vector_size(4 * WIDTH), may_alias));
 
-// ---- storage types: `half(p, i)` is half of the STEP elements at `p`, the same half of x and of W --------------
+// ---- storage types: `part(p, i)` is one of PARTS vectors made of the STEP elements at `p`, alike for x and for W --
 
-struct Wide32 : F32 {
-    static wf half(const T* p, int i) { return load<wf>(p + i * WIDTH); }
+// Fused wherever the CPU can: left to contract by itself, the compiler does so in some tiles and not in others.
+struct ByLane {
+    static constexpr int PARTS = 2;
+    static wf multiply_add(wf a, wf b, wf sum) {
+#if defined(__AVX512F__)
+        return (wf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+        return (wf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+        return a * b + sum;
+#endif
+    }
 };
 
+struct Wide32 : F32, ByLane {
+    static wf part(const T* p, int i) { return load<wf>(p + i * WIDTH); }
+};
+
+#if SEESAW_BF16_DOT
+// Pairs stay pairs: an instruction multiplies and adds both.
 struct WideB16 : BF16 {
-    static wf half(const T* p, int i) {
+    static constexpr int PARTS = 1;
+    static wf multiply_add(wf a, wf b, wf sum) {
+        return (wf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+    static wf part(const T* p, int) { return load<wf>(p); }
+};
+#else
+struct WideB16 : BF16, ByLane {
+    static wf part(const T* p, int i) {
         const wu pairs = load<wu>(p);
         return (wf)(i ? pairs & 0xffff0000u : pairs << 16);
     }
 };
+#endif
 
-struct Wide16 : F16 {
-    static wf half(const T* p, int i) {
+struct Wide16 : F16, ByLane {
+    static wf part(const T* p, int i) {
 #if defined(__AVX512F__)
         return (wf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + i * WIDTH)));
 #elif defined(__F16C__)
@@ -66,33 +98,28 @@ struct Wide16 : F16 {
 
 // ---- a tile ---------------------------------------------------------------------------------------------------
 
-// Fused wherever the CPU can: left to contract by itself, the compiler does so in some tiles and not in others.
-inline wf multiply_add(wf a, wf b, wf sum) {
-#if defined(__AVX512F__)
-    return (wf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif defined(__FMA__)
-    return (wf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-    return a * b + sum;
-#endif
+// The floats that so many elements of x take: one each, or one for a pair.
+template <class S>
+constexpr int64_t floats(int64_t elements) {
+    return elements * S::PARTS * WIDTH / STEP;
 }
 
-// sum[r][c] += x[r] * w[c], with row r of x at `x + 2 * r * WIDTH`.
-template <int R, int C>
+// sum[r][c] += x[r] * w[c], with row r of x at `x + r * S::PARTS * WIDTH`.
+template <class S, int R, int C>
 inline void multiply_add_rows(const float* x, const wf (&w)[C], wf (&sum)[R][C]) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-        wf a = load<wf>(x + 2 * r * WIDTH);
+        wf a = load<wf>(x + r * S::PARTS * WIDTH);
         pin(a);
 #pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) sum[r][c] = multiply_add(a, w[c], sum[r][c]);
+        for (int c = 0; c < C; ++c) sum[r][c] = S::multiply_add(a, w[c], sum[r][c]);
     }
 }
 
 #if defined(__FMA__) && !defined(__AVX512F__)
 // The largest tile takes all sixteen registers, and compilers would spill some.
-template <>
-inline void multiply_add_rows<4, 3>(const float* x, const wf (&w)[3], wf (&sum)[4][3]) {
+template <class S>
+inline void multiply_add_rows(const float* x, const wf (&w)[3], wf (&sum)[4][3]) {
 #define SEESAW_ROW(offset, row)                          \
     "vmovups " offset "(%[x]), %%ymm15\n\t"              \
     "vfmadd231ps %[w0], %%ymm15, %[s" row "0]\n\t"       \
@@ -111,24 +138,24 @@ inline void multiply_add_rows<4, 3>(const float* x, const wf (&w)[3], wf (&sum)[
 template <class S, int R, int C>
 inline void step(const float* x, const typename S::T* w, int64_t stride, wf (&sum)[R][C]) {
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < S::PARTS; ++i) {
         asm("" : "+r"(w));  // else the pairs would be kept for the second half, in registers that there are not
         if constexpr (R < C) {
             wf a[R];
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) pin(a[r] = load<wf>(x + (2 * r + i) * WIDTH));
+            for (int r = 0; r < R; ++r) pin(a[r] = load<wf>(x + (r * S::PARTS + i) * WIDTH));
 #pragma GCC unroll 16
             for (int c = 0; c < C; ++c) {
-                wf b = S::half(w + c * stride, i);
+                wf b = S::part(w + c * stride, i);
                 pin(b);
 #pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) sum[r][c] = multiply_add(a[r], b, sum[r][c]);
+                for (int r = 0; r < R; ++r) sum[r][c] = S::multiply_add(a[r], b, sum[r][c]);
             }
         } else {
             wf b[C];
 #pragma GCC unroll 16
-            for (int c = 0; c < C; ++c) pin(b[c] = S::half(w + c * stride, i));
-            multiply_add_rows<R, C>(x + i * WIDTH, b, sum);
+            for (int c = 0; c < C; ++c) pin(b[c] = S::part(w + c * stride, i));
+            multiply_add_rows<S>(x + i * WIDTH, b, sum);
         }
     }
 }
@@ -136,8 +163,13 @@ inline void step(const float* x, const typename S::T* w, int64_t stride, wf (&su
 // The sum over the lanes of each of four vectors.
 inline void lane_sums(wf a, wf b, wf c, wf d, float* to) {
 #if defined(__AVX512F__)
-    to[0] = _mm512_reduce_add_ps((__m512)a), to[1] = _mm512_reduce_add_ps((__m512)b);
-    to[2] = _mm512_reduce_add_ps((__m512)c), to[3] = _mm512_reduce_add_ps((__m512)d);
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
+    const __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    const __m512 quarters = _mm512_add_ps((__m512)low, (__m512)high);
+    const __m256 halves = _mm256_add_ps(
+        _mm512_castps512_ps256(quarters), (__m256)_mm512_extractf64x4_pd((__m512d)quarters, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 #elif defined(__AVX__)
     const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
     const __m256 halves = _mm256_hadd_ps(ab, cd);
@@ -148,33 +180,53 @@ inline void lane_sums(wf a, wf b, wf c, wf d, float* to) {
 #endif
 }
 
-// Rows of W to fetch while a tile is computed.
-struct Ahead {
-    const char* start;
-    int64_t stride, rows;
+// Memory to fetch while tiles are computed: rows one after the other, which is how processors recognise a stream and
+// fetch more of it by themselves.
+class Stream {
+  public:
+    // `rows` of so many bytes, `stride` bytes apart, in about as many goes.
+    Stream(const void* start, int64_t stride, int64_t bytes, int64_t rows, int64_t goes)
+        : next_((const char*)start), row_(bytes), stride_(stride), end_(next_ + bytes), rows_(bytes > 0 ? rows : 0),
+          lines_((rows * ((bytes + LINE - 1) / LINE) + goes - 1) / std::max<int64_t>(1, goes)) {}
+
+    void go() {
+        for (int64_t i = 0; i < lines_ && rows_ > 0; ++i) {
+            __builtin_prefetch(next_, 0, 2);
+            next_ += LINE;
+            if (next_ >= end_) next_ = end_ += stride_, next_ -= row_, --rows_;
+        }
+    }
+
+  private:
+    const char* next_;
+    int64_t row_, stride_;
+    const char* end_;  // of the row
+    int64_t rows_;     // left, this one included
+    int64_t lines_;    // each time
 };
+
+// Elements of K between two goes.
+template <class S>
+constexpr int64_t GO = std::max<int64_t>(LINE / sizeof(typename S::T), STEP);
 
 // Sums over `depth` elements of K; added to `out` if `add`.
 template <class S, int R, int C>
 __attribute__((noinline)) void tile(const float* x, const typename S::T* w, int64_t stride, int64_t depth,
-                                    float* out, int64_t out_stride, bool add, const Ahead& ahead) {
-    constexpr int64_t SIZE = sizeof(typename S::T), STRIDE = std::max(LINE / SIZE, STEP);
+                                    float* out, int64_t out_stride, bool add, Stream& ahead) {
+    constexpr int64_t STRIDE = GO<S>;
     wf sum[R][C] = {};
     int64_t k = 0;
     for (; k + STRIDE <= depth; k += STRIDE) {
-        for (int64_t i = 0; i < ahead.rows; ++i)
+        ahead.go();
 #pragma GCC unroll 2
-            for (int64_t byte = 0; byte < STRIDE * SIZE; byte += LINE)
-                __builtin_prefetch(ahead.start + i * ahead.stride + k * SIZE + byte, 0, 2);
-#pragma GCC unroll 2
-        for (int64_t j = 0; j < STRIDE; j += STEP) step<S, R, C>(x + R * (k + j), w + k + j, stride, sum);
+        for (int64_t j = 0; j < STRIDE; j += STEP) step<S, R, C>(x + R * floats<S>(k + j), w + k + j, stride, sum);
     }
-    for (; k + STEP <= depth; k += STEP) step<S, R, C>(x + R * k, w + k, stride, sum);
+    for (; k + STEP <= depth; k += STEP) step<S, R, C>(x + R * floats<S>(k), w + k, stride, sum);
     if (k < depth) {  // what follows a row may be anything, NaN included
         typename S::T part[C * STEP] = {};
         for (int c = 0; c < C; ++c)
-            std::memcpy(part + c * STEP, w + c * stride + k, (size_t)((depth - k) * SIZE));
-        step<S, R, C>(x + R * k, part, STEP, sum);
+            std::memcpy(part + c * STEP, w + c * stride + k, (size_t)(depth - k) * sizeof part[0]);
+        step<S, R, C>(x + R * floats<S>(k), part, STEP, sum);
     }
     constexpr int LAST = R * C - 1;
     const auto nth = [&](int i) { return i < LAST ? sum[i / C][i % C] : sum[R - 1][C - 1]; };
@@ -193,15 +245,16 @@ __attribute__((noinline)) void tile(const float* x, const typename S::T* w, int6
 template <class S>
 class Product {
     using T = typename S::T;
+    static constexpr int64_t SIZE = sizeof(T);
 
   public:
     explicit Product(const Arguments& a) : a_(a) {
-        const int64_t spans = (a.depth + LONGEST_SPAN - 1) / LONGEST_SPAN;
+        padded_ = floats<S>(round_up(a.depth, STEP));
+        const int64_t spans = (padded_ + LONGEST_SPAN - 1) / LONGEST_SPAN;
         span_ = round_up((a.depth + spans - 1) / spans, STEP);
-        padded_ = round_up(a.depth, STEP);
-        batch_ = std::max(FEWEST_ROWS, PANEL_BYTES / (padded_ * 4)) / ROWS * ROWS;
-        batch_ = std::min(batch_, a.rows);
-        const int64_t fit = BLOCK_BYTES / (span_ * (int64_t)sizeof(T));
+        const int64_t most = std::max(FEWEST_ROWS, PANEL_BYTES / (padded_ * 4)), batches = (a.rows + most - 1) / most;
+        batch_ = std::min(a.rows, round_up((a.rows + batches - 1) / batches, ROWS));
+        const int64_t fit = BLOCK_BYTES / (span_ * SIZE);
         block_ = batch_ <= ROWS ? COLUMNS[batch_] : std::max<int64_t>(1, fit / GRAIN) * GRAIN;
         threads_ = a.rows * a.columns * a.depth < SMALL ? 1 : std::max<int64_t>(1, a.threads);
     }
@@ -236,7 +289,8 @@ class Product {
                 T part[STEP] = {};
                 const T* p = from + k;
                 if (k + STEP > a_.depth) p = (const T*)std::memcpy(part, p, (size_t)(a_.depth - k) * sizeof(T));
-                for (int i = 0; i < 2; ++i) store(to + k * rows + (2 * r + i) * WIDTH, S::half(p, i));
+                for (int i = 0; i < S::PARTS; ++i)
+                    store(to + floats<S>(k) * rows + (r * S::PARTS + i) * WIDTH, S::part(p, i));
             }
         }
         return OK;
@@ -246,25 +300,33 @@ class Product {
         static thread_local Scratch<float> scratch;
         float* sums = scratch.reserve((span_ < a_.depth ? count_ : ROWS) * block_);
         if (!sums) return NO_MEMORY;
-        for (int64_t n = begin; n < end; n += block_)
-            for (int64_t k = 0; k < a_.depth; k += span_) block(n, std::min(end, n + block_), k, end, sums);
+        for (int64_t n = begin; n < end; n += block_) {
+            const int64_t stop = std::min(end, n + block_), rest = std::min(end, stop + block_) - stop;
+            Stream rows = ahead(stop, rest, 0, a_.depth);
+            for (int64_t k = 0; k < a_.depth; k += span_) {
+                const bool last = k + span_ >= a_.depth;
+                Stream span = last ? ahead(stop, rest, 0, span_) : ahead(n, stop - n, k + span_, span_);
+                block(n, stop, k, sums, panels_ == 1 ? rows : span);
+            }
+        }
         return OK;
     }
 
-    // Columns n .. stop and one span of K, for all rows. The next block is the next span's, or the next columns'.
-    void block(int64_t n, int64_t stop, int64_t k, int64_t end, float* sums) const {
+    // The rows of W from n on, so many elements of each from k on, to be fetched while as many are multiplied.
+    Stream ahead(int64_t n, int64_t rows, int64_t k, int64_t depth) const {
+        depth = std::min(depth, a_.depth - k);
+        const int64_t tiles = block_ / COLUMNS[std::min<int64_t>(ROWS, top(1))];
+        return {weight(n, k), a_.weight_stride * SIZE, depth * SIZE, rows, panels_ * tiles * (depth / GO<S>)};
+    }
+
+    // Columns n .. stop and one span of K, for all rows.
+    void block(int64_t n, int64_t stop, int64_t k, float* sums, Stream& ahead) const {
         const int64_t depth = std::min(span_, a_.depth - k);
-        const bool last = k + depth == a_.depth;
-        const int64_t next_n = last ? stop : n, next_k = last ? 0 : k + depth;
-        const int64_t next_rows = std::min(end, next_n + block_) - next_n;
         for (int64_t p = 0; p < panels_; ++p) {
             const int64_t r = top(p), rows = top(p + 1) - r;
-            const int64_t from = next_rows * p / panels_, to = next_rows * (p + 1) / panels_;
-            const T* next = weight(next_n + from, next_k);
-            const Ahead ahead{(const char*)next, a_.weight_stride * (int64_t)sizeof(T), to - from};
             float* part = sums + (span_ < a_.depth ? r * block_ : 0);
-            panel<ROWS>(rows, x_ + r * padded_ + k * rows, n, stop, k, depth, part, ahead);
-            if (last) finish<S>(a_, first_ + r, rows, n, stop, part, block_);
+            panel<ROWS>(rows, x_ + r * padded_ + floats<S>(k) * rows, n, stop, k, depth, part, ahead);
+            if (k + depth == a_.depth) finish<S>(a_, first_ + r, rows, n, stop, part, block_);
         }
     }
 
@@ -272,24 +334,21 @@ class Product {
 
     template <int R>
     void panel(int64_t rows, const float* x, int64_t n, int64_t stop, int64_t k, int64_t depth, float* sums,
-               const Ahead& ahead) const {
+               Stream& ahead) const {
         if constexpr (R > 1)
             if (rows < R) return panel<R - 1>(rows, x, n, stop, k, depth, sums, ahead);
         constexpr int C = COLUMNS[R];
         const int64_t stride = a_.weight_stride, width = stop - n;
-        int64_t c = 0, fetched = 0;
-        for (; c + C <= width; c += C) {
-            const int64_t until = ahead.rows * (c + C) / width;
-            const Ahead part{ahead.start + fetched * ahead.stride, ahead.stride, until - fetched};
-            tile<S, R, C>(x, weight(n + c, k), stride, depth, sums + c, block_, k > 0, part);
-            fetched = until;
-        }
+        int64_t c = 0;
+        for (; c + C <= width; c += C)
+            tile<S, R, C>(x, weight(n + c, k), stride, depth, sums + c, block_, k > 0, ahead);
         for (; c < width; ++c)
-            tile<S, R, 1>(x, weight(n + c, k), stride, depth, sums + c, block_, k > 0, Ahead{});
+            tile<S, R, 1>(x, weight(n + c, k), stride, depth, sums + c, block_, k > 0, ahead);
     }
 
     const Arguments& a_;
-    int64_t span_, padded_;  // of K
+    int64_t span_;           // of K
+    int64_t padded_;         // floats of a row of x
     int64_t batch_, block_;  // rows of x and of W that pass together
     int64_t threads_;
     int64_t first_, count_;  // the batch at hand
@@ -305,15 +364,24 @@ extern "C" int32_t seesaw_linear_better() {
     using namespace seesaw;
     int32_t better = 0;
 #if defined(__AVX512F__)
-    better |= 1 << FLOAT32;  // the vendor's library is made for it, and nothing here has been measured
+    if (__builtin_cpu_is("intel")) better |= 1 << FLOAT32;  // its vendor's library is made for it; not measured
 #endif
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#if defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     better |= 1 << BFLOAT16;  // instructions of its own
 #endif
 #if defined(__AVX512FP16__) || defined(__AMX_FP16__) || !(defined(__F16C__) || defined(__AVX512F__))
     better |= 1 << FLOAT16;  // instructions of its own, or none that would widen it here
 #endif
     return better;
+}
+
+// The fewest rows for which packing both sides into panels is faster.
+extern "C" int64_t seesaw_linear_packed_rows() {
+#if defined(__AVX512F__)
+    return 256;
+#else
+    return 96;
+#endif
 }
 
 // `out` is contiguous, nothing is empty, `bias` may be null; `packed` is which way. Returns a `Status`.

@@ -1,8 +1,9 @@
 // y = x W^T (+ bias) for many rows: both sides are widened and packed into panels, and a tile is a sum of outer products.
+// Where there is an instruction that multiplies pairs of bfloat16, those are not widened, and a unit is a pair.
 //
-// A tile is ROWS rows of x by COLUMNS rows of W. Of a panel of W, COLUMNS elements with the same k lie side by side, so
-// that a step along K is a broadcast of each x times a few vectors of W, without any conversion or sum over lanes. On
-// the way there W is transposed, which costs as much as some ten rows of x do: with few rows dot products are faster.
+// A tile is ROWS rows of x by COLUMNS rows of W. Of a panel of W, COLUMNS units with the same k lie side by side, so that
+// a step along K is a broadcast of each x times a few vectors of W, without any conversion or sum over lanes. On the
+// way there W is transposed, which costs as much as some ten rows of x do: with few rows dot products are faster.
 //
 // K is cut into spans, so that a panel of W stays in the first-level cache while the panels of x of a GROUP pass, which
 // stay in the second-level one. Rows and columns are cut into even blocks, so that what is packed and the sums stay
@@ -10,6 +11,8 @@
 //
 // An element of the result sums its products in the order of k, span by span, in whatever tile it sits.
 #pragma once
+
+#include <type_traits>
 
 #include "product.h"
 
@@ -29,12 +32,15 @@ static_assert(PACKED_ROWS <= LANES, "a panel of x is made by squares");
 template <class S>
 class PackedProduct {
     using T = typename S::T;
+    static constexpr bool PAIRS = SEESAW_BF16_DOT && std::is_same_v<S, BF16>;
+    static constexpr int64_t OF_UNIT = PAIRS ? 2 : 1;  // elements
+    static constexpr int64_t SQUARE = LANES * OF_UNIT;  // elements of each of LANES rows that are transposed at a time
     static constexpr int ROWS = PACKED_ROWS, VECTORS = 2, COLUMNS = VECTORS * LANES;
-    static constexpr int64_t SPAN = 256, GROUP = 96 / ROWS;
+    static constexpr int64_t SPAN = 256, GROUP = 96 / ROWS;         // units of K, panels of x
     static constexpr int64_t MOST_ROWS = 516, MOST_COLUMNS = 1024;  // of a block
     static constexpr int64_t ROWS_OF_THREAD = 192;                  // with fewer, threads rather share columns
     static constexpr int64_t OF_LINE = LINE / sizeof(T);            // elements of a cache line
-    static constexpr int64_t LINES = LANES * LANES / OF_LINE;       // of a square
+    static constexpr int64_t LINES = LANES * SQUARE / OF_LINE;      // of a square
 
   public:
     explicit PackedProduct(const Arguments& a) : a_(a) {}
@@ -79,8 +85,8 @@ class PackedProduct {
     }
 
     void block(const Block& b) const {
-        for (int64_t k = 0; k < a_.depth; k += SPAN) {
-            const int64_t depth = std::min(SPAN, a_.depth - k);
+        for (int64_t k = 0; k < a_.depth; k += SPAN * OF_UNIT) {
+            const int64_t depth = std::min(SPAN * OF_UNIT, a_.depth - k);
             for (int64_t r = 0; r < b.rows; r += ROWS)
                 pack_x(b.first + r, std::min<int64_t>(ROWS, b.rows - r), k, depth, b.x + r * SPAN);
             for (int64_t c = 0; c < b.columns; c += COLUMNS) pack_weight(b.n + c, k, depth, b.w + c * SPAN);
@@ -95,7 +101,8 @@ class PackedProduct {
         const int64_t stop = b.n + std::min(b.columns, c + COLUMNS);
         for (int64_t r = from; r < to; r += ROWS) {
             float* sums = b.sums + r * b.stride + c;
-            tile<ROWS>(to - r, b.x + r * SPAN, b.w + c * SPAN, depth, sums, b.stride, k > 0);
+            const int64_t units = (depth + OF_UNIT - 1) / OF_UNIT;
+            tile<ROWS>(to - r, b.x + r * SPAN, b.w + c * SPAN, units, sums, b.stride, k > 0);
             if (k + depth == a_.depth)
                 finish<S>(a_, b.first + r, std::min<int64_t>(ROWS, to - r), b.n + c, stop, sums, b.stride);
         }
@@ -114,44 +121,54 @@ class PackedProduct {
             pack(from, a_.weight_stride, std::min<int64_t>(LANES, a_.columns - first - c), depth, to + c, COLUMNS);
     }
 
-    // `depth` elements of up to LANES rows, those with the same k side by side, and `step` floats from k to k.
+    // LANES units, of the first `n` elements and zeros.
+    static vu read(const T* p, int64_t n = SQUARE) {
+        if constexpr (!PAIRS) return (vu)load_some<S>(p, n);
+        if (n >= SQUARE) return load<vu>(p);
+        T part[SQUARE] = {};
+        std::memcpy(part, p, (size_t)n * sizeof part[0]);
+        return load<vu>(part);
+    }
+
+    // `depth` elements of up to LANES rows: units of the same k side by side, and `step` floats from one to the next.
     static void pack(const T* from, int64_t stride, int64_t rows, int64_t depth, float* to, int64_t step) {
         int64_t k = 0;
         if (rows == LANES)
-            for (; k + LANES <= depth; k += LANES) {
+            for (; k + SQUARE <= depth; k += SQUARE) {
                 vu square[LANES];
 #pragma GCC unroll 16
-                for (int r = 0; r < LANES; ++r) square[r] = (vu)S::read(from + r * stride + k);
-                const T* next = from + (LANES + k % OF_LINE / LANES * LINES) * stride + k / OF_LINE * OF_LINE;
+                for (int r = 0; r < LANES; ++r) square[r] = read(from + r * stride + k);
+                const T* next = from + (LANES + k % OF_LINE / SQUARE * LINES) * stride + k / OF_LINE * OF_LINE;
 #pragma GCC unroll 16
                 for (int r = 0; r < LINES; ++r) __builtin_prefetch(next + r * stride);
                 transpose(square);
 #pragma GCC unroll 16
-                for (int i = 0; i < LANES; ++i) store(to + (k + i) * step, square[i]);
+                for (int i = 0; i < LANES; ++i) store(to + (k / OF_UNIT + i) * step, square[i]);
             }
-        for (; k < depth; k += LANES) {
+        for (; k < depth; k += SQUARE) {
             vu square[LANES] = {};
-            for (int r = 0; r < rows; ++r) square[r] = (vu)load_some<S>(from + r * stride + k, depth - k);
+            for (int r = 0; r < rows; ++r) square[r] = read(from + r * stride + k, depth - k);
             transpose(square);
-            for (int i = 0; i < LANES && k + i < depth; ++i) store(to + (k + i) * step, square[i]);
+            for (int i = 0; i < LANES && k + i * OF_UNIT < depth; ++i)
+                store(to + (k / OF_UNIT + i) * step, square[i]);
         }
     }
 
     template <int R>
-    static void tile(int64_t rows, const float* x, const float* w, int64_t depth, float* sums, int64_t stride,
+    static void tile(int64_t rows, const float* x, const float* w, int64_t units, float* sums, int64_t stride,
                      bool add) {
         if constexpr (R > 1)
-            if (rows < R) return tile<R - 1>(rows, x, w, depth, sums, stride, add);
-        outer_products<R>(x, w, depth, sums, stride, add);
+            if (rows < R) return tile<R - 1>(rows, x, w, units, sums, stride, add);
+        outer_products<R>(x, w, units, sums, stride, add);
     }
 
     template <int R>
-    __attribute__((noinline)) static void outer_products(const float* x, const float* w, int64_t depth, float* to,
+    __attribute__((noinline)) static void outer_products(const float* x, const float* w, int64_t units, float* to,
                                                          int64_t stride, bool add) {
         vf sum[R][VECTORS] = {};
         for (int r = 0; r < R; ++r) __builtin_prefetch(to + r * stride, 1);
 #pragma GCC unroll 4
-        for (int64_t k = 0; k < depth; ++k) {
+        for (int64_t k = 0; k < units; ++k) {
             vf columns[VECTORS];
 #pragma GCC unroll 2
             for (int v = 0; v < VECTORS; ++v) pin(columns[v] = load<vf>(w + k * COLUMNS + v * LANES));
@@ -160,7 +177,7 @@ class PackedProduct {
                 vf value = splat(x[k * R + r]);
                 pin(value);
 #pragma GCC unroll 2
-                for (int v = 0; v < VECTORS; ++v) sum[r][v] = fused(value, columns[v], sum[r][v]);
+                for (int v = 0; v < VECTORS; ++v) sum[r][v] = multiply_add<PAIRS>((vu)value, (vu)columns[v], sum[r][v]);
             }
         }
 #pragma GCC unroll 16

@@ -11,14 +11,6 @@ namespace {
 
 constexpr int TILE = LANES == 16 ? 4 : 2;
 
-template <bool Pair>
-inline vf multiply_add(vu a, vu b, vf c) {
-#if SEESAW_BF16_DOT
-    if constexpr (Pair) return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-#endif
-    return fused((vf)a, (vf)b, c);
-}
-
 // All loops over sums are unrolled, or the compiler keeps the sums in memory.
 template <bool Pair, int ROWS, int VECTORS>
 inline void product_block(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,

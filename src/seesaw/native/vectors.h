@@ -66,6 +66,15 @@ inline vf fused(vf a, vf b, vf c) {
 #endif
 }
 
+// a * b + c of 32-bit units: floats, or pairs of bfloat16 for the dot instruction.
+template <bool Pair>
+inline vf multiply_add(vu a, vu b, vf c) {
+#if SEESAW_BF16_DOT
+    if constexpr (Pair) return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
+    return fused((vf)a, (vf)b, c);
+}
+
 inline float max_lane(vf v) {
 #if SEESAW_WIDE
     return _mm512_reduce_max_ps((__m512)v);

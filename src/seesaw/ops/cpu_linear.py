@@ -13,19 +13,16 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PROBLEMS = {1: "an unknown type", 2: "no memory for scratch space"}
 _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
-PACKED_ROWS = 96
-"""The fewest rows for which the native kernel packs both sides into panels; fewer are multiplied as they lie."""
-
 
 class CpuLinear:
     """`x @ weight.T + bias`, accumulated in float32 and rounded once.
 
     The choice follows from the CPU, the type and the number of rows alone, so that the same job computes the same
     tokens; `benchmarks/linear.py` shows what it rests on. Types run natively unless the CPU has better means for
-    them, such as instructions of its own; from `PACKED_ROWS` rows on by packed panels.
+    them, such as matrix instructions; from `packed_rows` rows on both sides are packed into panels.
 
     With the native kernel a row of the result depends on its row of `x`, the weight, the bias and on which side of
-    `PACKED_ROWS` the call is, bit for bit: not on the rows beside it, nor on the number of threads. It runs on the
+    `packed_rows` the call is, bit for bit: not on the rows beside it, nor on the number of threads. It runs on the
     calling thread, or on `torch.get_num_threads()` OpenMP threads if that is more than one and the product is not
     tiny.
     """
@@ -35,8 +32,10 @@ class CpuLinear:
         self._linear.argtypes = (*[_POINTER] * 4, *[_COUNT] * 5, *[_INT] * 3)
         self._linear.restype = _INT
         self._torch = TorchOperators()
-        better = library["seesaw_linear_better"]
+        better, packed_rows = library["seesaw_linear_better"], library["seesaw_linear_packed_rows"]
         better.argtypes, better.restype = (), _INT
+        packed_rows.argtypes, packed_rows.restype = (), _COUNT
+        self.packed_rows: int = packed_rows()
         left_to_torch = better()
         self._native = frozenset(dtype for dtype, bit in _DTYPES.items() if not left_to_torch >> bit & 1)
 
@@ -92,7 +91,7 @@ class CpuLinear:
             x_stride,
             weight_stride,
             _DTYPES[dtype],
-            rows >= PACKED_ROWS if packed is None else packed,
+            rows >= self.packed_rows if packed is None else packed,
             torch.get_num_threads(),
         )
         assert status == 0, f"[{rows}, {depth}] by [{columns}, {depth}]: {_PROBLEMS[status]}"
