@@ -21,6 +21,7 @@ SHAPES = [
     *((rows, 61, 200) for rows in (*range(1, 14), 64)),
     *((rows, columns, 96) for rows in (1, 2, 3, 4, 6) for columns in (1, 2, 5, 13, 25)),
     *((7, 10, depth) for depth in (1, 2, 15, 16, 17, 31, 33, 1023, 1024, 1025, 2048, 5001)),
+    *((rows, 29, 2100) for rows in (1, 3, 6, 25)),
     (300, 70, 1100),
     (700, 1100, 300),
     (1, 1, 1),

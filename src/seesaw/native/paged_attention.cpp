@@ -26,6 +26,8 @@ constexpr int64_t CHUNK = 64;       // tokens packed at a time
 constexpr int64_t TILE_ROWS = 128;  // query rows that share a packed chunk
 constexpr int64_t PREFETCH_ROWS = 32;  // with more rows the products take longer than memory does
 constexpr int64_t FEW_ROWS = 8;        // up to so many, V is not packed
+constexpr float NOTHING_SEEN = -1e30f;  // finite, so that a difference to it is never NaN
+constexpr float SLACK = 8.0f;          // how far scores may exceed what weights are relative to, in powers of two
 
 enum Status : int32_t { OK = 0, BAD_SLOT = 1, BAD_BLOCK = 2, BAD_DTYPE = 3, BAD_BATCH = 4, NO_MEMORY = 5 };
 
@@ -81,36 +83,86 @@ struct Item {
     int64_t sequence, kv_head, first, count;  // query tokens first .. first + count of the packed batch
 };
 
+template <class T>
+struct Rows {
+    const T *k[CHUNK], *v[CHUNK];
+};
+
+// The K and V that the queries of an item see.
+template <class T>
+class Context {
+  public:
+    Context(const Arguments& a, const Item& item) : a_(a), kv_head_(item.kv_head) {
+        position = a.context_starts[item.sequence] + item.first - a.query_starts[item.sequence];
+        end = position + item.count;
+        visible_ = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
+        begin = visible_ / CHUNK * CHUNK;
+        table_ = a.block_tables + item.sequence * a.table_width;
+        plane_ = a.kv_heads * a.block_size * a.head_dim;
+    }
+
+    // Where the rows of the chunk at `start` lie. From the context's end on and before the window there is none, and
+    // zeros stand in: what the pool holds there may be anything, NaN included, and blocks may be missing.
+    bool find(int64_t start, const T* zeros, Rows<T>& rows) const {
+        const int64_t from = std::clamp<int64_t>(visible_ - start, 0, CHUNK);
+        const int64_t to = std::clamp<int64_t>(end - start, 0, CHUNK);
+        for (int64_t t = 0; t < from; ++t) rows.k[t] = rows.v[t] = zeros;
+        for (int64_t t = to; t < CHUNK; ++t) rows.k[t] = rows.v[t] = zeros;
+        if (from >= to) return true;
+        int64_t index = (start + from) / a_.block_size, offset = (start + from) % a_.block_size;
+        for (int64_t t = from; t < to; ++index, offset = 0) {
+            const int64_t block = index < a_.table_width ? table_[index] : -1;
+            const int64_t stop = std::min(to, t + a_.block_size - offset);
+            if (block < 0 || block >= a_.blocks) return false;
+            for (const T* row = key_row(block, offset); t < stop; ++t, row += a_.head_dim)
+                rows.k[t] = row, rows.v[t] = row + plane_;
+        }
+        return true;
+    }
+
+    int64_t position;    // of the first query
+    int64_t begin, end;  // tokens: from a whole chunk on
+
+  private:
+    const T* key_row(int64_t block, int64_t offset) const {
+        return (const T*)a_.pool + block * a_.block_stride + (kv_head_ * a_.block_size + offset) * a_.head_dim;
+    }
+
+    const Arguments& a_;
+    int64_t kv_head_, visible_, plane_;
+    const int32_t* table_;
+};
+
 template <class S, bool Pair>
 class Attention {
     using T = typename S::T;
 
   public:
-    Attention(const Arguments& a, const Item& item, Workspace& space) : a_(a), item_(item), s_(space) {
+    // What `next` sees is asked for in time, if there is a next item.
+    Attention(const Arguments& a, const Item& item, const Item* next, Workspace& space)
+        : a_(a), item_(item), next_(next), s_(space), context_(a, item), position_(context_.position) {
         group_ = a.q_heads / a.kv_heads;
         rows_ = item.count * group_;
         width_ = round_up(a.head_dim, LANES);
         units_ = Pair ? width_ / 2 : width_;
-        position_ = a.context_starts[item.sequence] + item.first - a.query_starts[item.sequence];
-        table_ = a.block_tables + item.sequence * a.table_width;
-        plane_ = a.kv_heads * a.block_size * a.head_dim;
     }
 
     Status run() {
         if (!s_.reserve(rows_, width_)) return NO_MEMORY;
         load_queries();
-        const int64_t end = position_ + item_.count;
-        if (end > a_.table_width * a_.block_size) return BAD_BLOCK;
-        const int64_t begin = a_.window ? std::max<int64_t>(0, position_ - a_.window + 1) / CHUNK * CHUNK : 0;
+        const int64_t end = context_.end;
+        const T* zeros = (const T*)s_.zeros;
         prefetch_ = rows_ <= PREFETCH_ROWS;
         few_ = !Pair && rows_ <= FEW_ROWS && a_.head_dim % (4 * LANES) == 0;
-        if (!find_rows(begin, end)) return BAD_BLOCK;
-        for (int64_t start = begin; start < end; start += CHUNK) {
+        if (!context_.find(context_.begin, zeros, *rows_ahead_)) return BAD_BLOCK;
+        for (int64_t start = context_.begin; start < end; start += CHUNK) {
             std::swap(rows_at_, rows_ahead_);
-            if (!find_rows(start + CHUNK, end)) return BAD_BLOCK;
-            const int64_t columns = std::min(CHUNK, round_up(end - start, LANES));  // no row sees what lies behind
+            if (!context_.find(start + CHUNK, zeros, *rows_ahead_)) return BAD_BLOCK;
+            if (start + CHUNK >= end && next_ && prefetch_) look_further(zeros);
+            const int64_t columns = std::min(CHUNK, round_up(end - start, LANES));  // what lies behind weighs nothing
             pack_keys(columns);
-            if (!few_) pack_values();
+            if (!few_) pack_values(columns);
+            if (prefetch_) want_rows(columns);
             attend(start, columns);
         }
         store_result();
@@ -118,6 +170,11 @@ class Attention {
     }
 
   private:
+    void look_further(const T* zeros) {
+        const Context<T> context(a_, *next_);
+        context.find(context.begin, zeros, *rows_ahead_);  // where a block is missing, the next item will say so
+    }
+
     void load_queries() {
         for (int64_t r = 0; r < rows_; ++r) {
             const int64_t at = (item_.first + r / group_) * a_.q_stride +
@@ -132,7 +189,7 @@ class Attention {
             }
             std::fill_n(s_.out + r * width_, width_, 0.0f);
             std::fill_n(s_.total + r * LANES, LANES, 0.0f);
-            s_.top[r] = -1e30f;  // finite, so that a difference to it is never NaN
+            s_.top[r] = NOTHING_SEEN;
         }
     }
 
@@ -140,30 +197,6 @@ class Attention {
         if (a_.q_dtype == FLOAT32) return load_some<F32>((const float*)a_.q + at, n);
         if (a_.q_dtype == BFLOAT16) return load_some<BF16>((const uint16_t*)a_.q + at, n);
         return load_some<F16>((const uint16_t*)a_.q + at, n);
-    }
-
-    // Where the K rows of the chunk at `start` lie. From the context's end on and before the window there is none,
-    // and zeros stand in: what the pool holds there may be anything, NaN included, and blocks may be missing.
-    bool find_rows(int64_t start, int64_t end) {
-        const int64_t visible = a_.window ? std::max<int64_t>(0, position_ - a_.window + 1) : 0;
-        const int64_t from = std::clamp<int64_t>(visible - start, 0, CHUNK);
-        const int64_t to = std::clamp<int64_t>(end - start, 0, CHUNK);
-        for (int64_t t = 0; t < from; ++t) rows_ahead_->k[t] = rows_ahead_->v[t] = (const T*)s_.zeros;
-        for (int64_t t = to; t < CHUNK; ++t) rows_ahead_->k[t] = rows_ahead_->v[t] = (const T*)s_.zeros;
-        if (from >= to) return true;
-        int64_t index = (start + from) / a_.block_size, offset = (start + from) % a_.block_size;
-        for (int64_t t = from; t < to; ++index, offset = 0) {
-            const int64_t block = table_[index], stop = std::min(to, t + a_.block_size - offset);
-            if (block < 0 || block >= a_.blocks) return false;
-            for (const T* row = key_row(block, offset); t < stop; ++t, row += a_.head_dim)
-                rows_ahead_->k[t] = row, rows_ahead_->v[t] = row + plane_;
-        }
-        return true;
-    }
-
-    const T* key_row(int64_t block, int64_t offset) const {
-        return (const T*)a_.pool + block * a_.block_stride +
-               (item_.kv_head * a_.block_size + offset) * a_.head_dim;
     }
 
     // LANES units of a row from unit `u` on; the row is whole up to `head_dim`.
@@ -177,6 +210,13 @@ class Attention {
     // Asks for a cache line of the next chunk. Into the second-level cache: the first level can wait for some
     // twenty lines only, and packing would stall behind them.
     static void want(const T* p) { __builtin_prefetch(p, 0, 2); }
+
+    // What packing and adding so many tokens has not asked for. Inline, or GCC takes it for a function without effect.
+    __attribute__((always_inline)) void want_rows(int64_t from) const {
+        for (int64_t t = from; t < CHUNK; ++t)
+            for (int64_t d = 0; d < a_.head_dim; d += LINE / sizeof(T))
+                want(rows_ahead_->k[t] + d), want(rows_ahead_->v[t] + d);
+    }
 
     void pack_keys(int64_t columns) {
         for (int64_t t = 0; t < columns; t += LANES) {
@@ -221,36 +261,42 @@ class Attention {
         }
     }
 
-    void pack_values() {
-        constexpr int64_t line = 64 / sizeof(T);
-        for (int64_t t = 0; t < CHUNK; t += Pair ? 2 : 1) {
-            if (prefetch_)
-                for (int64_t d = 0; d < a_.head_dim; d += line) {
-                    want(rows_ahead_->v[t] + d);
-                    if (Pair) want(rows_ahead_->v[t + 1] + d);
-                }
-            uint32_t* to = s_.v + (Pair ? t / 2 : t) * width_;
+    void pack_values(int64_t columns) {
+        const int64_t head_dim = a_.head_dim, width = width_;  // else read anew after each store
+        const bool prefetch = prefetch_;
+        for (int64_t t = 0; t < columns; t += Pair ? 2 : 1) {
+            const T *row = rows_at_->v[t], *ahead = rows_ahead_->v[t];
+            const T *other = rows_at_->v[t + Pair], *other_ahead = rows_ahead_->v[t + Pair];
+            uint32_t* to = s_.v + (Pair ? t / 2 : t) * width;
             int64_t d = 0;
-            for (; d + LANES <= a_.head_dim; d += LANES) {
-                if constexpr (Pair)
-                    store(to + d, halves(rows_at_->v[t] + d) | halves(rows_at_->v[t + 1] + d) << 16);
-                else
-                    store(to + d, S::read(rows_at_->v[t] + d));
-            }
-            if (d == width_) continue;  // else half a vector is left
-            if constexpr (Pair) {
-                const vu pairs = halves_some(rows_at_->v[t] + d) | halves_some(rows_at_->v[t + 1] + d) << 16;
-                store(to + d, pairs);
-            } else {
-                store(to + d, load_some<S>(rows_at_->v[t] + d, a_.head_dim - d));
+            if constexpr (Pair)
+                for (; d + 2 * LANES <= head_dim; d += 2 * LANES) {
+                    if (prefetch) want(ahead + d), want(other_ahead + d);
+                    interleave(load<vu>(row + d), load<vu>(other + d), to + d);
+                }
+            for (; d < head_dim; d += LANES) {
+                if (prefetch) want(ahead + d);
+                if (Pair && prefetch) want(other_ahead + d);
+                if constexpr (Pair) store(to + d, halves(row + d, head_dim - d) | halves(other + d, head_dim - d) << 16);
+                else store(to + d, load_some<S>(row + d, head_dim - d));
             }
         }
     }
 
-    static vu halves(const T* p) { return widen(load<vh>(p)); }
-    vu halves_some(const T* p) const {
+    // The sixteen-bit elements of `a` and `b` in turn.
+    static void interleave(vu a, vu b, uint32_t* to) {
+#if SEESAW_BF16_DOT
+        uint16_t low[2 * LANES], high[2 * LANES];
+        for (int i = 0; i < 2 * LANES; ++i) low[i] = (uint16_t)(i / 2 + i % 2 * 2 * LANES), high[i] = low[i] + LANES;
+        store(to, _mm512_permutex2var_epi16((__m512i)a, load<__m512i>(low), (__m512i)b));
+        store(to + LANES, _mm512_permutex2var_epi16((__m512i)a, load<__m512i>(high), (__m512i)b));
+#endif
+    }
+
+    static vu halves(const T* p, int64_t n) {
+        if (n >= LANES) return widen(load<vh>(p));
         uint16_t part[LANES] = {};
-        std::memcpy(part, p, (size_t)(a_.head_dim % LANES) * 2);
+        std::memcpy(part, p, (size_t)n * sizeof part[0]);
         return widen(load<vh>(part));
     }
 
@@ -266,10 +312,10 @@ class Attention {
         if (few_) return add_values(from, to, columns);
         constexpr int64_t steps = Pair ? CHUNK / 2 : CHUNK;
         product<Pair>(s_.p + from * steps, steps, s_.v, width_, s_.out + from * width_, width_, to - from, width_,
-                      steps, true);
+                      columns * steps / CHUNK, true);
     }
 
-    // What the second product does, in the same order, with V where it lies. Tokens behind `columns` weigh nothing.
+    // What the second product does, in the same order, with V where it lies.
     void add_values(int64_t from, int64_t to, int64_t columns) {
         int64_t r = from;
         for (; r + 4 <= to; r += 4) add_values_to<4, 2>(r, columns);
@@ -319,11 +365,12 @@ class Attention {
         }
         vf best = x[0];
         for (int j = 1; j < PARTS; ++j) best = x[j] > best ? x[j] : best;
-        const float top = std::max(s_.top[r], max_lane(best));
-        if (top > s_.top[r]) rescale(r, top);
+        const float best_score = max_lane(best);
+        if (best_score > s_.top[r] + SLACK) rescale(r, best_score);
+        const float top = s_.top[r];
         vf sum = load<vf>(s_.total + r * LANES);
         for (int j = 0; j < PARTS; ++j) {
-            x[j] = exp2_nonpositive(x[j] - splat(top));
+            x[j] = power_of_two(x[j] - splat(top));
             sum += x[j];
         }
         store(s_.total + r * LANES, sum);
@@ -334,7 +381,11 @@ class Attention {
     }
 
     void rescale(int64_t r, float top) {
-        const vf shrink = exp2_nonpositive(splat(s_.top[r] - top));
+        if (s_.top[r] == NOTHING_SEEN) {
+            s_.top[r] = top;
+            return;
+        }
+        const vf shrink = power_of_two(splat(s_.top[r] - top));
         s_.top[r] = top;
         store(s_.total + r * LANES, load<vf>(s_.total + r * LANES) * shrink);
         float* out = s_.out + r * width_;
@@ -358,26 +409,34 @@ class Attention {
 
     const Arguments& a_;
     const Item& item_;
+    const Item* next_;
     Workspace& s_;
-    int64_t group_, rows_, width_, units_, position_, plane_;
-    const int32_t* table_;
+    const Context<T> context_;
+    const int64_t position_;
+    int64_t group_, rows_, width_, units_;
     bool prefetch_, few_;
-    struct Rows {
-        const T *k[CHUNK], *v[CHUNK];
-    } rows_of_chunks_[2];
-    Rows *rows_at_ = &rows_of_chunks_[0], *rows_ahead_ = &rows_of_chunks_[1];  // the chunk at hand and the next one
+    Rows<T> rows_of_chunks_[2];
+    Rows<T> *rows_at_ = &rows_of_chunks_[0], *rows_ahead_ = &rows_of_chunks_[1];  // the chunk at hand and the next one
 };
 
 // ---- the batch ------------------------------------------------------------------------------------------------
 
-Status run_item(const Arguments& a, const Item& item) {
+Status run_item(const Arguments& a, const std::vector<Item>& items, int64_t i) {
     static thread_local Workspace space;
-    if (a.pool_dtype == FLOAT32) return Attention<F32, false>(a, item, space).run();
-    if (a.pool_dtype == FLOAT16) return Attention<F16, false>(a, item, space).run();
+    const Item &item = items[i], *next = i + 1 < (int64_t)items.size() ? &item + 1 : nullptr;
+    if (a.pool_dtype == FLOAT32) return Attention<F32, false>(a, item, next, space).run();
+    if (a.pool_dtype == FLOAT16) return Attention<F16, false>(a, item, next, space).run();
 #if SEESAW_BF16_DOT
-    if (a.q_dtype == BFLOAT16) return Attention<BF16, true>(a, item, space).run();
+    if (a.q_dtype == BFLOAT16) return Attention<BF16, true>(a, item, next, space).run();
 #endif
-    return Attention<BF16, false>(a, item, space).run();
+    return Attention<BF16, false>(a, item, next, space).run();
+}
+
+// `bytes` is a multiple of 16: eight channels are, of any type. Too short for a call of memcpy.
+inline void copy_row(char* to, const char* from, int64_t bytes) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= bytes; i += 4 * LANES) store(to + i, load<vu>(from + i));
+    for (; i < bytes; i += 16) std::memcpy(to + i, from + i, 16);
 }
 
 // Copies K and V of each new token (of the pool's type) to the token's slot.
@@ -391,8 +450,8 @@ Status write_tokens(const Arguments& a) {
         const char* k = (const char*)a.k + n * a.k_stride * bytes;
         const char* v = (const char*)a.v + n * a.v_stride * bytes;
         for (int64_t h = 0; h < a.kv_heads; ++h) {
-            std::memcpy(to + h * a.block_size * row, k + h * row, (size_t)row);
-            std::memcpy(to + h * a.block_size * row + plane, v + h * row, (size_t)row);
+            copy_row(to + h * a.block_size * row, k + h * row, row);
+            copy_row(to + h * a.block_size * row + plane, v + h * row, row);
         }
     }
     return OK;
@@ -433,10 +492,10 @@ extern "C" int32_t seesaw_attend(const seesaw::Arguments* arguments) {
     // workers are forked, and OpenMP threads do not survive a fork: with one thread stay clear of the runtime
     if (a.threads > 1 && count > 1) {
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads) reduction(max : worst)
-        for (int64_t i = 0; i < count; ++i) worst = std::max<int32_t>(worst, run_item(a, items[i]));
+        for (int64_t i = 0; i < count; ++i) worst = std::max<int32_t>(worst, run_item(a, items, i));
         return worst;
     }
 #endif
-    for (const Item& item : items) worst = std::max<int32_t>(worst, run_item(a, item));
+    for (int64_t i = 0; i < count; ++i) worst = std::max<int32_t>(worst, run_item(a, items, i));
     return worst;
 }

@@ -103,8 +103,8 @@ inline float sum_lanes(vf v) {
 #endif
 }
 
-// 2^x for x <= 0 to about one unit in the last place; 2^0 is exactly 1, anything below 2^-126 is 0, NaN stays NaN.
-inline vf exp2_nonpositive(vf x) {
+// 2^x for x <= 127 to about one unit in the last place; 2^0 is exactly 1, anything below 2^-126 is 0, NaN stays NaN.
+inline vf power_of_two(vf x) {
     x = x < -127.0f ? splat(-127.0f) : x;
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const vf shifted = x + magic;
