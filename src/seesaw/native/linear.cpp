@@ -9,7 +9,7 @@
 //
 // K is cut into equal spans, so that the rows of x of a tile stay in the first-level cache, and N into blocks, so
 // that the rows of W stay in the second-level one while all rows of x pass. Meanwhile the next block is fetched. With so
-// few rows that one tile holds them, a block is the columns of a tile, and the next one is fetched along whole rows.
+// few rows that a tile holds them all, blocks are small, and the next one is fetched along whole rows.
 //
 // An element of the result depends on its row of x, its row of W and K alone: it sums in the same order in
 // whatever tile it sits. Hence neither the rows beside it nor the number of threads make a difference.
@@ -26,7 +26,7 @@ namespace {
 
 // The shapes of tiles: `COLUMNS[r]` rows of W with `r` rows of x.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int ROWS = 6, COLUMNS[] = {0, 12, 8, 6, 6, 4, 4};  // 32 registers
+constexpr int ROWS = 8, COLUMNS[] = {0, 12, 8, 6, 6, 4, 4, 3, 3};  // 32 registers
 #else
 constexpr int ROWS = 4, COLUMNS[] = {0, 6, 4, 3, 3};  // 16 registers
 #endif
@@ -255,7 +255,7 @@ class Product {
         const int64_t most = std::max(FEWEST_ROWS, PANEL_BYTES / (padded_ * 4)), batches = (a.rows + most - 1) / most;
         batch_ = std::min(a.rows, round_up((a.rows + batches - 1) / batches, ROWS));
         const int64_t fit = BLOCK_BYTES / (span_ * SIZE);
-        block_ = batch_ <= ROWS ? COLUMNS[batch_] : std::max<int64_t>(1, fit / GRAIN) * GRAIN;
+        block_ = batch_ <= ROWS ? GRAIN : std::max<int64_t>(1, fit / GRAIN) * GRAIN;
         threads_ = a.rows * a.columns * a.depth < SMALL ? 1 : std::max<int64_t>(1, a.threads);
     }
 
