@@ -111,7 +111,7 @@ def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> str:
         failures = [
             f"- {link}: {one['name']}: {one['error']}"
             for link, result in found.items()
-            for one in result["workloads"][i]["contestants"]
+            for one in (result["workloads"][i]["contestants"] if i < len(result["workloads"]) else ())
             if one["error"]
         ]
         lines += ["", *failures] if failures else []
@@ -119,7 +119,8 @@ def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> str:
 
 
 def speeds(found: dict[str, dict[str, Any]], number: int) -> list[str]:
-    """The table of one workload: a row per contestant, a column per link speed."""
+    """The table of one workload: a row per contestant, a column per link speed that the bench got to it at."""
+    found = {link: result for link, result in found.items() if number < len(result["workloads"])}
     columns = [
         {one["name"]: one for one in result["workloads"][number]["contestants"]} for result in found.values()
     ]
@@ -164,9 +165,9 @@ def ratio(column: dict[str, dict[str, Any]], name: str | None, other: str | None
 
 
 def cell(one: dict[str, Any], best_static: bool) -> str:
-    """Tokens per second with their spread."""
-    if one["error"] and not one["runs"]:
-        return "failed"
+    """Tokens per second with their spread; nothing of a contestant whose turn never came."""
+    if not one["runs"]:
+        return "failed" if one["error"] else NONE
     rates = [r["tokens_per_second"] for r in one["runs"]]
     return f"{rate(one):,.0f}{'*' if best_static else ''} ({min(rates):,.0f} to {max(rates):,.0f})"
 

@@ -118,3 +118,17 @@ def test_the_rig_is_profiled_where_a_bench_follows(monkeypatch: pytest.MonkeyPat
     args.profile = False
     rig_sweep.run(args, "1gbit")
     assert commands[-1][1] == "bench" and len(commands) == 3 and profiles[-1] is None
+
+
+def test_what_a_bench_did_not_get_to_costs_no_result() -> None:
+    """An interrupted bench leaves contestants without runs or errors, and lacks workloads."""
+    found = {
+        "1gbit": result(contestant("P2->T2", [130.0]), contestant("T2", [100.0])),
+        "4gbit": result(contestant("P2->T2", [120.0]), contestant("T2", [])),
+    }
+    found["1gbit"]["workloads"] *= 2
+    args = argparse.Namespace(ranks=2, quota="auto", record="sweep")
+    lines = rig_sweep.report(args, found).splitlines()
+    assert "| T2 | 100* (100 to 100) | – |" in lines
+    assert "| best re-sharded over best static | **1.30** | – |" in lines
+    assert "| T2 | 100* (100 to 100) |" in lines

@@ -4,7 +4,8 @@
 // An item walks the context in chunks of 64 tokens. A chunk is packed once for all rows of the tile: K transposed
 // to [unit][token], V to [token][unit], where a unit is 32 bits: one float, or a pair of bfloat16 that the dot
 // instruction takes. So the pool is streamed once per tile, and both products are the same small matrix kernel.
-// With few rows (decode) packing V would cost more than it saves, and its rows are taken from the pool.
+// With few rows (decode) packing would cost more than it saves: V is taken as it lies in the pool, and units of
+// bfloat16 pairs of K as they come out of the transposition.
 //
 // A row's result depends on its query, its context and the chunk size alone: each row sums in the same order in
 // whatever tile it sits, and a chunk that a row does not see leaves its state as it was, bit for bit. Hence
@@ -15,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "paged_context.h"
 #include "scratch.h"
 #include "small_product.h"
 #include "vectors.h"
@@ -22,33 +24,12 @@
 namespace seesaw {
 namespace {
 
-constexpr int64_t CHUNK = 64;       // tokens packed at a time
-constexpr int64_t TILE_ROWS = 128;  // query rows that share a packed chunk
-constexpr int64_t PREFETCH_ROWS = 32;  // with more rows the products take longer than memory does
-constexpr int64_t FEW_ROWS = 8;        // up to so many, V is not packed
+constexpr int64_t PREFETCH_ROWS = 32;   // with more rows the products take longer than memory does
+constexpr int64_t FEW_ROWS = 8;         // up to so many, keys and values go no further than registers
 constexpr float NOTHING_SEEN = -1e30f;  // finite, so that a difference to it is never NaN
-constexpr float SLACK = 8.0f;          // how far scores may exceed what weights are relative to, in powers of two
+constexpr float SLACK = 8.0f;           // how far scores may exceed what weights are relative to, in powers of two
 
 enum Status : int32_t { OK = 0, BAD_SLOT = 1, BAD_BLOCK = 2, BAD_DTYPE = 3, BAD_BATCH = 4, NO_MEMORY = 5 };
-
-// Mirrored by `_Arguments` in attention/cpu.py. Strides count elements.
-struct Arguments {
-    const void* q;
-    const void* k;
-    const void* v;
-    char* pool;
-    void* out;
-    const int32_t* query_starts;
-    const int32_t* context_starts;
-    const int32_t* block_tables;
-    const int64_t* slot_mapping;
-    int64_t q_stride, k_stride, v_stride;
-    int64_t blocks, block_stride, table_width;
-    int64_t tokens, queries, sequences, q_heads, kv_heads, block_size, head_dim;
-    int64_t window;  // 0: none
-    int32_t q_dtype, pool_dtype, threads;
-    float scale;
-};
 
 // ---- what a thread works in -----------------------------------------------------------------------------------
 
@@ -79,60 +60,6 @@ class Workspace {
 
 // ---- one item -------------------------------------------------------------------------------------------------
 
-struct Item {
-    int64_t sequence, kv_head, first, count;  // query tokens first .. first + count of the packed batch
-};
-
-template <class T>
-struct Rows {
-    const T *k[CHUNK], *v[CHUNK];
-};
-
-// The K and V that the queries of an item see.
-template <class T>
-class Context {
-  public:
-    Context(const Arguments& a, const Item& item) : a_(a), kv_head_(item.kv_head) {
-        position = a.context_starts[item.sequence] + item.first - a.query_starts[item.sequence];
-        end = position + item.count;
-        visible_ = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
-        begin = visible_ / CHUNK * CHUNK;
-        table_ = a.block_tables + item.sequence * a.table_width;
-        plane_ = a.kv_heads * a.block_size * a.head_dim;
-    }
-
-    // Where the rows of the chunk at `start` lie. From the context's end on and before the window there is none, and
-    // zeros stand in: what the pool holds there may be anything, NaN included, and blocks may be missing.
-    bool find(int64_t start, const T* zeros, Rows<T>& rows) const {
-        const int64_t from = std::clamp<int64_t>(visible_ - start, 0, CHUNK);
-        const int64_t to = std::clamp<int64_t>(end - start, 0, CHUNK);
-        for (int64_t t = 0; t < from; ++t) rows.k[t] = rows.v[t] = zeros;
-        for (int64_t t = to; t < CHUNK; ++t) rows.k[t] = rows.v[t] = zeros;
-        if (from >= to) return true;
-        int64_t index = (start + from) / a_.block_size, offset = (start + from) % a_.block_size;
-        for (int64_t t = from; t < to; ++index, offset = 0) {
-            const int64_t block = index < a_.table_width ? table_[index] : -1;
-            const int64_t stop = std::min(to, t + a_.block_size - offset);
-            if (block < 0 || block >= a_.blocks) return false;
-            for (const T* row = key_row(block, offset); t < stop; ++t, row += a_.head_dim)
-                rows.k[t] = row, rows.v[t] = row + plane_;
-        }
-        return true;
-    }
-
-    int64_t position;    // of the first query
-    int64_t begin, end;  // tokens: from a whole chunk on
-
-  private:
-    const T* key_row(int64_t block, int64_t offset) const {
-        return (const T*)a_.pool + block * a_.block_stride + (kv_head_ * a_.block_size + offset) * a_.head_dim;
-    }
-
-    const Arguments& a_;
-    int64_t kv_head_, visible_, plane_;
-    const int32_t* table_;
-};
-
 template <class S, bool Pair>
 class Attention {
     using T = typename S::T;
@@ -153,17 +80,17 @@ class Attention {
         const int64_t end = context_.end;
         const T* zeros = (const T*)s_.zeros;
         prefetch_ = rows_ <= PREFETCH_ROWS;
-        few_ = !Pair && rows_ <= FEW_ROWS && a_.head_dim % (4 * LANES) == 0;
+        few_ = rows_ <= FEW_ROWS && a_.head_dim % (4 * LANES) == 0;
         if (!context_.find(context_.begin, zeros, *rows_ahead_)) return BAD_BLOCK;
         for (int64_t start = context_.begin; start < end; start += CHUNK) {
             std::swap(rows_at_, rows_ahead_);
             if (!context_.find(start + CHUNK, zeros, *rows_ahead_)) return BAD_BLOCK;
             if (start + CHUNK >= end && next_ && prefetch_) look_further(zeros);
             const int64_t columns = std::min(CHUNK, round_up(end - start, LANES));  // what lies behind weighs nothing
-            pack_keys(columns);
+            if (!(Pair && few_)) pack_keys(columns);
             if (!few_) pack_values(columns);
-            if (prefetch_) want_rows(columns);
             attend(start, columns);
+            if (prefetch_) want_rows(columns);
         }
         store_result();
         return OK;
@@ -227,11 +154,10 @@ class Attention {
         }
     }
 
-    // LANES units of LANES rows.
-    void pack_units(int64_t t, int64_t u) {
+    // LANES units of LANES keys.
+    void load_units(int64_t t, int64_t u, vu (&square)[LANES]) const {
         const int64_t whole = Pair ? a_.head_dim / 2 : a_.head_dim;
         const T* const* keys = rows_at_->k + t;
-        vu square[LANES];
         if (prefetch_)
             for (int i = 0; i < LANES; ++i) want(rows_ahead_->k[t + i] + u * (4 / sizeof(T)));
         if (u + LANES <= whole) {
@@ -240,6 +166,11 @@ class Attention {
         } else {
             for (int i = 0; i < LANES; ++i) square[i] = row_units(keys[i], u);
         }
+    }
+
+    void pack_units(int64_t t, int64_t u) {
+        vu square[LANES];
+        load_units(t, u, square);
         transpose(square);
         uint32_t* to = s_.k + u * CHUNK + t;
         const int count = u + LANES <= units_ ? LANES : LANES / 2;
@@ -272,7 +203,9 @@ class Attention {
             if constexpr (Pair)
                 for (; d + 2 * LANES <= head_dim; d += 2 * LANES) {
                     if (prefetch) want(ahead + d), want(other_ahead + d);
-                    interleave(load<vu>(row + d), load<vu>(other + d), to + d);
+                    vu low, high;
+                    interleave(load<vu>(row + d), load<vu>(other + d), low, high);
+                    store(to + d, low), store(to + d + LANES, high);
                 }
             for (; d < head_dim; d += LANES) {
                 if (prefetch) want(ahead + d);
@@ -284,12 +217,13 @@ class Attention {
     }
 
     // The sixteen-bit elements of `a` and `b` in turn.
-    static void interleave(vu a, vu b, uint32_t* to) {
+    static void interleave(vu a, vu b, vu& low, vu& high) {
 #if SEESAW_BF16_DOT
-        uint16_t low[2 * LANES], high[2 * LANES];
-        for (int i = 0; i < 2 * LANES; ++i) low[i] = (uint16_t)(i / 2 + i % 2 * 2 * LANES), high[i] = low[i] + LANES;
-        store(to, _mm512_permutex2var_epi16((__m512i)a, load<__m512i>(low), (__m512i)b));
-        store(to + LANES, _mm512_permutex2var_epi16((__m512i)a, load<__m512i>(high), (__m512i)b));
+        uint16_t from[2][2 * LANES];
+        for (int i = 0; i < 2 * LANES; ++i)
+            from[0][i] = (uint16_t)(i / 2 + i % 2 * 2 * LANES), from[1][i] = (uint16_t)(from[0][i] + LANES);
+        low = (vu)_mm512_permutex2var_epi16((__m512i)a, load<__m512i>(from[0]), (__m512i)b);
+        high = (vu)_mm512_permutex2var_epi16((__m512i)a, load<__m512i>(from[1]), (__m512i)b);
 #endif
     }
 
@@ -306,13 +240,37 @@ class Attention {
         const int64_t last = start + CHUNK - 1 + a_.window - 1;
         const int64_t to = a_.window ? std::min(rows_, (last - position_ + 1) * group_) : rows_;
         if (from >= to) return;
-        product<Pair>(s_.q + from * units_, units_, s_.k, CHUNK, s_.scores + from * CHUNK, CHUNK, to - from, columns,
-                      units_, false);
+        if (Pair && few_)
+            for (int64_t t = 0; t < columns; t += LANES) score<FEW_ROWS>(from, to - from, t);
+        else
+            product<Pair>(s_.q + from * units_, units_, s_.k, CHUNK, s_.scores + from * CHUNK, CHUNK, to - from,
+                          columns, units_, false);
         for (int64_t r = from; r < to; ++r) soften(r, start);
         if (few_) return add_values(from, to, columns);
         constexpr int64_t steps = Pair ? CHUNK / 2 : CHUNK;
         product<Pair>(s_.p + from * steps, steps, s_.v, width_, s_.out + from * width_, width_, to - from, width_,
                       columns * steps / CHUNK, true);
+    }
+
+    // What the first product does, in the same order, with LANES keys that go no further than registers.
+    template <int ROWS>
+    void score(int64_t row, int64_t rows, int64_t t) {
+        if constexpr (ROWS > 1)
+            if (rows < ROWS) return score<ROWS - 1>(row, rows, t);
+        const uint32_t* q = s_.q + row * units_;
+        const int64_t units = units_;
+        vf sum[ROWS] = {};
+        for (int64_t u = 0; u < units; u += LANES) {
+            vu square[LANES];
+            load_units(t, u, square);
+            transpose(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i)
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; ++r)
+                    sum[r] = multiply_add<Pair>(splat(q[r * units + u + i]), square[i], sum[r]);
+        }
+        for (int r = 0; r < ROWS; ++r) store(s_.scores + (row + r) * CHUNK + t, sum[r]);
     }
 
     // What the second product does, in the same order, with V where it lies.
@@ -325,24 +283,38 @@ class Attention {
 
     template <int ROWS, int VECTORS>
     void add_values_to(int64_t row, int64_t columns) {
-        constexpr int LINE_VECTORS = std::max<int>(1, 64 / (LANES * sizeof(T)));  // vectors that share a cache line
-        const float* weights = (const float*)s_.p + row * CHUNK;
-        for (int64_t d = 0; d < width_; d += VECTORS * LANES) {
-            float* out = s_.out + row * width_ + d;
+        constexpr int LINE_VECTORS = std::max<int>(1, LINE / (LANES * sizeof(T)));  // vectors that share a cache line
+        constexpr int64_t STEP = Pair ? 2 : 1;                                      // tokens of a unit
+        const int64_t width = width_;
+        const uint32_t* weights = s_.p + row * (CHUNK / STEP);
+        for (int64_t d = 0; d < width; d += VECTORS * LANES) {
+            float* out = s_.out + row * width + d;
             vf sum[ROWS][VECTORS];
             for (int r = 0; r < ROWS; ++r)
-                for (int j = 0; j < VECTORS; ++j) sum[r][j] = load<vf>(out + r * width_ + j * LANES);
-            for (int64_t t = 0; t < columns; ++t) {
-                for (int j = 0; j < VECTORS; j += LINE_VECTORS) want(rows_ahead_->v[t] + d + j * LANES);
-                for (int j = 0; j < VECTORS; ++j) {
-                    const vf value = S::read(rows_at_->v[t] + d + j * LANES);
+                for (int j = 0; j < VECTORS; ++j) sum[r][j] = load<vf>(out + r * width + j * LANES);
+            for (int64_t t = 0; t < columns; t += STEP) {
+                for (int s = 0; s < STEP; ++s)
+                    for (int j = 0; j < VECTORS; j += LINE_VECTORS) want(rows_ahead_->v[t + s] + d + j * LANES);
+                vu values[VECTORS];
+                load_values<VECTORS>(t, d, values);
+                for (int j = 0; j < VECTORS; ++j)
                     for (int r = 0; r < ROWS; ++r)
-                        sum[r][j] = fused(splat(weights[r * CHUNK + t]), value, sum[r][j]);
-                }
+                        sum[r][j] = multiply_add<Pair>(splat(weights[r * (CHUNK / STEP) + t / STEP]), values[j], sum[r][j]);
             }
             for (int r = 0; r < ROWS; ++r)
-                for (int j = 0; j < VECTORS; ++j) store(out + r * width_ + j * LANES, sum[r][j]);
+                for (int j = 0; j < VECTORS; ++j) store(out + r * width + j * LANES, sum[r][j]);
         }
+    }
+
+    // Units of V of token t, or of a pair of tokens, from channel d on.
+    template <int VECTORS>
+    void load_values(int64_t t, int64_t d, vu (&to)[VECTORS]) const {
+        if constexpr (Pair)
+            for (int j = 0; j < VECTORS; j += 2)
+                interleave(load<vu>(rows_at_->v[t] + d + j * LANES), load<vu>(rows_at_->v[t + 1] + d + j * LANES), to[j],
+                           to[j + 1]);
+        else
+            for (int j = 0; j < VECTORS; ++j) to[j] = (vu)S::read(rows_at_->v[t] + d + j * LANES);
     }
 
     // Turns the scores of a row into weights relative to the row's largest score so far, in base 2.
@@ -455,23 +427,6 @@ Status write_tokens(const Arguments& a) {
         }
     }
     return OK;
-}
-
-bool consistent(const Arguments& a) {
-    if (a.query_starts[0] != 0 || a.query_starts[a.sequences] != a.queries) return false;
-    for (int64_t s = 0; s < a.sequences; ++s)
-        if (a.query_starts[s + 1] < a.query_starts[s] || a.context_starts[s] < 0) return false;
-    return true;
-}
-
-std::vector<Item> items_of(const Arguments& a) {
-    const int64_t tile = std::max<int64_t>(1, TILE_ROWS / (a.q_heads / a.kv_heads));
-    std::vector<Item> items;
-    for (int64_t s = 0; s < a.sequences; ++s)
-        for (int64_t h = 0; h < a.kv_heads; ++h)
-            for (int64_t first = a.query_starts[s]; first < a.query_starts[s + 1]; first += tile)
-                items.push_back({s, h, first, std::min<int64_t>(tile, a.query_starts[s + 1] - first)});
-    return items;
 }
 
 }  // namespace
