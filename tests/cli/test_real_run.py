@@ -131,7 +131,7 @@ def test_an_interrupted_job_keeps_its_answers(number: signal.Signals, model: Pat
 
 
 def test_on_a_terminal_progress_is_shown(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", [{"prompt": "go", "max_tokens": 30, "ignore_eos": True}] * 60)
+    source = write(tmp_path / "in.jsonl", [{"prompt": "go", "max_tokens": 30, "ignore_eos": True}] * 250)
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         command(model, source, "--plan", "T2"), stderr=theirs, stdout=subprocess.DEVNULL
@@ -145,7 +145,7 @@ def test_on_a_terminal_progress_is_shown(model: Path, tmp_path: Path) -> None:
                 break
     os.close(ours)
     assert job.returncode == 0
-    assert b"rows 60/60" in shown
+    assert b"rows 250/250" in shown
     assert b"mixed" in shown
 
 
