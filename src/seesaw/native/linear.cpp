@@ -69,7 +69,7 @@ struct Wide32 : F32, ByLane {
 struct WideB16 : BF16 {
     static constexpr int PARTS = 1;
     static wf multiply_add(wf a, wf b, wf sum) {
-        return (wf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+        return (wf)seesaw::multiply_add<true>((vu)a, (vu)b, (vf)sum);
     }
     static wf part(const T* p, int) { return load<wf>(p); }
 };
@@ -213,13 +213,12 @@ constexpr int64_t GO = std::max<int64_t>(LINE / sizeof(typename S::T), STEP);
 template <class S, int R, int C>
 __attribute__((noinline)) void tile(const float* x, const typename S::T* w, int64_t stride, int64_t depth,
                                     float* out, int64_t out_stride, bool add, Stream& ahead) {
-    constexpr int64_t STRIDE = GO<S>;
     wf sum[R][C] = {};
     int64_t k = 0;
-    for (; k + STRIDE <= depth; k += STRIDE) {
+    for (; k + GO<S> <= depth; k += GO<S>) {
         ahead.go();
 #pragma GCC unroll 2
-        for (int64_t j = 0; j < STRIDE; j += STEP) step<S, R, C>(x + R * floats<S>(k + j), w + k + j, stride, sum);
+        for (int64_t j = 0; j < GO<S>; j += STEP) step<S, R, C>(x + R * floats<S>(k + j), w + k + j, stride, sum);
     }
     for (; k + STEP <= depth; k += STEP) step<S, R, C>(x + R * floats<S>(k), w + k, stride, sum);
     if (k < depth) {  // what follows a row may be anything, NaN included

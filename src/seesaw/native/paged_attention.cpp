@@ -317,7 +317,7 @@ class Attention {
             for (int j = 0; j < VECTORS; ++j) to[j] = (vu)S::read(rows_at_->v[t] + d + j * LANES);
     }
 
-    // Turns the scores of a row into weights relative to the row's largest score so far, in base 2.
+    // Turns the scores of a row into weights in base 2, relative to a score that none so far exceeds by more than SLACK.
     void soften(int64_t r, int64_t start) {
         constexpr int PARTS = CHUNK / LANES;
         const int64_t position = position_ + r / group_;

@@ -36,6 +36,7 @@ class CpuLinear:
         better.argtypes, better.restype = (), _INT
         packed_rows.argtypes, packed_rows.restype = (), _COUNT
         self.packed_rows: int = packed_rows()
+        """The fewest rows for which the native kernel packs both sides; fewer are multiplied as they lie."""
         left_to_torch = better()
         self._native = frozenset(dtype for dtype, bit in _DTYPES.items() if not left_to_torch >> bit & 1)
 
