@@ -70,8 +70,9 @@ def test_killed_encoders_and_servers_cost_no_row(seed: int) -> None:
         for number, each in enumerate(encoded):
             made.append(shape(each))
             if number in moments and pool.ready:
-                os.kill(dice.choice(family(pool)), signal.SIGKILL)
-                kills += 1
+                with contextlib.suppress(ProcessLookupError):  # one that ends by itself: its server is gone
+                    os.kill(dice.choice(family(pool)), signal.SIGKILL)
+                    kills += 1
     assert kills
     assert made == plainly(list(rows))
 

@@ -8,8 +8,9 @@
 // widened and reordered to match, once per call.
 //
 // K is cut into equal spans, so that the rows of x of a tile stay in the first-level cache, and N into blocks, so
-// that the rows of W stay in the second-level one while all rows of x pass. Meanwhile the next block is fetched. With so
-// few rows that a tile holds them all, blocks are small, and the next one is fetched along whole rows.
+// that the rows of W stay in the second-level one while all rows of x pass. Meanwhile the next block is fetched, at an
+// even pace: memory that is asked for in bursts keeps the tile's own loads waiting. With few rows, blocks are small, and
+// the next one is fetched along whole rows.
 //
 // An element of the result depends on its row of x, its row of W and K alone: it sums in the same order in
 // whatever tile it sits. Hence neither the rows beside it nor the number of threads make a difference.
@@ -187,10 +188,10 @@ class Stream {
     // `rows` of so many bytes, `stride` bytes apart, in about as many goes.
     Stream(const void* start, int64_t stride, int64_t bytes, int64_t rows, int64_t goes)
         : next_((const char*)start), row_(bytes), stride_(stride), end_(next_ + bytes), rows_(bytes > 0 ? rows : 0),
-          lines_((rows * ((bytes + LINE - 1) / LINE) + goes - 1) / std::max<int64_t>(1, goes)) {}
+          pace_((rows * ((bytes + LINE - 1) / LINE) * ONE + goes - 1) / std::max<int64_t>(1, goes)) {}
 
     void go() {
-        for (int64_t i = 0; i < lines_ && rows_ > 0; ++i) {
+        for (due_ += pace_; due_ >= ONE && rows_ > 0; due_ -= ONE) {
             __builtin_prefetch(next_, 0, 2);
             next_ += LINE;
             if (next_ >= end_) next_ = end_ += stride_, next_ -= row_, --rows_;
@@ -198,11 +199,13 @@ class Stream {
     }
 
   private:
+    // Whole lines each time, where tiles take so long that nothing better was measured.
+    static constexpr int64_t ONE = LANES == 16 ? 1 << 10 : 1;
     const char* next_;
     int64_t row_, stride_;
-    const char* end_;  // of the row
-    int64_t rows_;     // left, this one included
-    int64_t lines_;    // each time
+    const char* end_;         // of the row
+    int64_t rows_;            // left, this one included
+    int64_t pace_, due_ = 0;  // lines each time, and now, in parts of ONE
 };
 
 // Elements of K between two goes.
@@ -254,7 +257,8 @@ class Product {
         const int64_t most = std::max(FEWEST_ROWS, PANEL_BYTES / (padded_ * 4)), batches = (a.rows + most - 1) / most;
         batch_ = std::min(a.rows, round_up((a.rows + batches - 1) / batches, ROWS));
         const int64_t fit = BLOCK_BYTES / (span_ * SIZE);
-        block_ = batch_ <= ROWS ? GRAIN : std::max<int64_t>(1, fit / GRAIN) * GRAIN;
+        whole_rows_ = batch_ <= 2 * ROWS;
+        block_ = whole_rows_ ? (batch_ + ROWS - 1) / ROWS * GRAIN : std::max<int64_t>(1, fit / GRAIN) * GRAIN;
         threads_ = a.rows * a.columns * a.depth < SMALL ? 1 : std::max<int64_t>(1, a.threads);
     }
 
@@ -305,7 +309,7 @@ class Product {
             for (int64_t k = 0; k < a_.depth; k += span_) {
                 const bool last = k + span_ >= a_.depth;
                 Stream span = last ? ahead(stop, rest, 0, span_) : ahead(n, stop - n, k + span_, span_);
-                block(n, stop, k, sums, panels_ == 1 ? rows : span);
+                block(n, stop, k, sums, whole_rows_ ? rows : span);
             }
         }
         return OK;
@@ -349,6 +353,7 @@ class Product {
     int64_t span_;           // of K
     int64_t padded_;         // floats of a row of x
     int64_t batch_, block_;  // rows of x and of W that pass together
+    bool whole_rows_;        // how the next block is fetched
     int64_t threads_;
     int64_t first_, count_;  // the batch at hand
     int64_t panels_;         // that it is cut into
@@ -377,7 +382,7 @@ extern "C" int32_t seesaw_linear_better() {
 // The fewest rows for which packing both sides into panels is faster.
 extern "C" int64_t seesaw_linear_packed_rows() {
 #if defined(__AVX512F__)
-    return 256;
+    return 128;
 #else
     return 96;
 #endif
