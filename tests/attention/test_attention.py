@@ -44,6 +44,8 @@ CASES = {
     "head of 40": Case([70], [3], head_dim=40),
     "head of 72": Case([70, 3], [1, 70], head_dim=72),
     "head of 128": Case([70, 3], [1, 70], head_dim=128),
+    "head of 64, groups of 2": Case([150, 9, 64], [1, 1, 2], q_heads=4, kv_heads=2, head_dim=64),
+    "head of 64, groups of 8": Case([150, 9], [1, 1], q_heads=16, kv_heads=2, head_dim=64),
     "head of 256": Case([20], [50], head_dim=256),
     "blocks of 5": Case([93], [40], block_size=5),
     "blocks of 1": Case([33], [4], block_size=1),

@@ -382,7 +382,7 @@ extern "C" int32_t seesaw_linear_better() {
 // The fewest rows for which packing both sides into panels is faster.
 extern "C" int64_t seesaw_linear_packed_rows() {
 #if defined(__AVX512F__)
-    return 128;
+    return 256;
 #else
     return 96;
 #endif
