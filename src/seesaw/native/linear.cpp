@@ -188,7 +188,9 @@ class Stream {
     // `rows` of so many bytes, `stride` bytes apart, in about as many goes.
     Stream(const void* start, int64_t stride, int64_t bytes, int64_t rows, int64_t goes)
         : next_((const char*)start), row_(bytes), stride_(stride), end_(next_ + bytes), rows_(bytes > 0 ? rows : 0),
-          pace_((rows * ((bytes + LINE - 1) / LINE) * ONE + goes - 1) / std::max<int64_t>(1, goes)) {}
+          pace_((rows * ((bytes + LINE - 1) / LINE) * ONE + goes - 1) / std::max<int64_t>(1, goes)) {
+        if (2 * pace_ > ONE) pace_ = std::max(pace_, ONE);  // a line in most goes costs more than one in each
+    }
 
     void go() {
         for (due_ += pace_; due_ >= ONE && rows_ > 0; due_ -= ONE) {
