@@ -1,22 +1,24 @@
-"""Attention over the paged pool on one CPU core: the native kernel against torch, by batch and shape.
+"""Attention over the paged pool on CPU cores: the native kernel against torch, by batch and shape.
 
     python benchmarks/attention.py                                     # the heads of a 270M and a 1.1B Llama
+    python benchmarks/attention.py --cores 2                           # while two cores share the memory
     python benchmarks/attention.py --types bfloat16 --batches 8x544+1 --heads 16/8x64 --seconds 1
 
 A batch is SEQUENCESxCONTEXT+NEW: so many sequences with so many tokens in the pool and so many new ones, hence
 decode if one is new and prefill if the context is empty. Each cell shows GFLOP/s (of the pairs that causality leaves)
-and the GB/s at which K and V are read. Layers of the pool take turns, as those of a model do. Candidates take turns
-too, and the fastest turn counts, timed by the thread's own clock: the machine may be busy with other things.
+and the GB/s at which K and V are read, both of one core. Layers of the pool take turns, as those of a model do.
+Candidates take turns too, and the median call counts. The first line shows bounds: a square float32 product by torch,
+in cache, and a plain sum over memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from linear import MEMORY, bounds, fastest
+from cores import MEMORY, Call, Measure, Medians, add_options, bounds, measure_bounds, on_cores, rates
 from torch import Tensor
 
 from seesaw.attention.base import AttentionBackend, AttentionBatch
@@ -44,20 +46,17 @@ def make_batch(sequences: int, context: int, new: int) -> AttentionBatch:
     )
 
 
-def measure(
+def candidates(
     backends: Sequence[AttentionBackend],
     batch: tuple[int, int, int],
     heads: tuple[int, int, int],
     dtype: torch.dtype,
-    seconds: float,
-) -> list[str]:
-    """One cell for each backend."""
-    (sequences, context, new), (q_heads, kv_heads, head_dim) = batch, heads
+) -> list[Call]:
+    """Attention of the batch by each backend, by the number of the call."""
+    (sequences, _, new), (q_heads, kv_heads, head_dim) = batch, heads
     tables = make_batch(*batch)
     shape = (tables.block_tables.numel(), 2, kv_heads, BLOCK, head_dim)
-    size = 2 * sequences * (context + new) * kv_heads * head_dim * dtype.itemsize
-    # one more than a multiple of the candidates: they take turns, and each shall meet all layers
-    layers = max(1, MEMORY // size) // len(backends) * len(backends) + 1
+    layers = MEMORY // bytes_read(batch, heads, dtype) + 1
     pools = [torch.randn(shape).to(dtype) for _ in range(layers)]
     rows = torch.randn(sequences * new, q_heads + 2 * kv_heads, head_dim).to(dtype)
     q, k, v = rows.split([q_heads, kv_heads, kv_heads], 1)
@@ -65,10 +64,45 @@ def measure(
     def call(backend: AttentionBackend, turn: int) -> Tensor:
         return backend.attend(q, k, v, pools[turn % layers], tables, scale=head_dim**-0.5, window=None)
 
-    calls = [lambda turn, backend=backend: call(backend, turn) for backend in backends]
-    pairs = sequences * (new * context + new * (new + 1) // 2)
-    flops = 4 * q_heads * head_dim * pairs
-    return [f"{flops / t / 1e9:6.1f} {size / t / 1e9:5.1f}" for t in fastest(calls, seconds)]
+    return [lambda turn, backend=backend: call(backend, turn) for backend in backends]
+
+
+def bytes_read(batch: tuple[int, int, int], heads: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """Of K and V, once."""
+    (sequences, context, new), (_, kv_heads, head_dim) = batch, heads
+    return 2 * sequences * (context + new) * kv_heads * head_dim * dtype.itemsize
+
+
+def operations(batch: tuple[int, int, int], heads: tuple[int, int, int]) -> int:
+    """Of both products, over the pairs that causality leaves."""
+    (sequences, context, new), (q_heads, _, head_dim) = batch, heads
+    return 4 * q_heads * head_dim * sequences * (new * context + new * (new + 1) // 2)
+
+
+def cells(args: argparse.Namespace) -> Iterator[tuple[torch.dtype, Heads, Batch]]:
+    """What is measured, in the order of the table."""
+    for name in args.types:
+        for heads in args.heads:
+            for batch in args.batches:
+                yield getattr(torch, name), heads, batch
+
+
+def measure_all(backends: Sequence[AttentionBackend], args: argparse.Namespace, measure: Measure) -> None:
+    """The bounds and every cell, on one core."""
+    measure_bounds(measure)
+    for dtype, heads, batch in cells(args):
+        measure(candidates(backends, batch.numbers, heads.numbers, dtype))
+
+
+def show(args: argparse.Namespace, medians: Medians) -> None:
+    """Print one line for each type, shape and batch."""
+    print(bounds(medians))
+    print(f"{'type':9} {'heads':>8} {'batch':>12}   native GF/s GB/s    torch GF/s GB/s")
+    for dtype, heads, batch in cells(args):
+        size = bytes_read(batch.numbers, heads.numbers, dtype)
+        native, by_torch = rates(medians, operations(batch.numbers, heads.numbers), size)
+        name = str(dtype).removeprefix("torch.")
+        print(f"{name:9} {heads.text:>8} {batch.text:>12}   {native:18} {by_torch}", flush=True)
 
 
 class Sizes:
@@ -97,7 +131,7 @@ class Heads(Sizes):
 
 
 def main() -> None:
-    """Parse the arguments and print the table."""
+    """Parse the arguments, measure and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,21 +139,13 @@ def main() -> None:
     batches, heads_of = list(map(Batch, BATCHES)), list(map(Heads, HEADS))
     parser.add_argument("--batches", nargs="+", type=Batch, default=batches, help="such as 8x544+1")
     parser.add_argument("--heads", nargs="+", type=Heads, default=heads_of, help="such as 16/8x64")
-    parser.add_argument("--seconds", type=float, default=0.5, help="per cell")
+    add_options(parser, 0.5)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     library = load()
     if library is None:
         parser.exit(1, "the native library cannot be built here\n")
     backends: list[AttentionBackend] = [CpuAttention(library), TorchAttention()]
-    print(bounds(args.seconds))
-    print(f"{'type':9} {'heads':>8} {'batch':>12}   native GF/s GB/s    torch GF/s GB/s")
-    for name in args.types:
-        for heads in args.heads:
-            for batch in args.batches:
-                dtype = getattr(torch, name)
-                cells = measure(backends, batch.numbers, heads.numbers, dtype, args.seconds)
-                print(f"{name:9} {heads.text:>8} {batch.text:>12}   {cells[0]:18} {cells[1]}", flush=True)
+    show(args, on_cores(args, lambda measure: measure_all(backends, args, measure)))
 
 
 if __name__ == "__main__":

@@ -259,8 +259,7 @@ class Product {
         const int64_t most = std::max(FEWEST_ROWS, PANEL_BYTES / (padded_ * 4)), batches = (a.rows + most - 1) / most;
         batch_ = std::min(a.rows, round_up((a.rows + batches - 1) / batches, ROWS));
         const int64_t fit = BLOCK_BYTES / (span_ * SIZE);
-        whole_rows_ = batch_ <= 2 * ROWS;
-        block_ = whole_rows_ ? (batch_ + ROWS - 1) / ROWS * GRAIN : std::max<int64_t>(1, fit / GRAIN) * GRAIN;
+        block_ = whole_rows() ? (batch_ + ROWS - 1) / ROWS * GRAIN : std::max<int64_t>(1, fit / GRAIN) * GRAIN;
         threads_ = a.rows * a.columns * a.depth < SMALL ? 1 : std::max<int64_t>(1, a.threads);
     }
 
@@ -282,6 +281,9 @@ class Product {
     }
 
   private:
+    // How the next block is fetched.
+    bool whole_rows() const { return batch_ <= 2 * ROWS; }
+
     // The first row of a panel. Panels differ by a row at most: tiles of one or two rows keep few sums going.
     int64_t top(int64_t panel) const { return count_ * panel / panels_; }
 
@@ -311,7 +313,7 @@ class Product {
             for (int64_t k = 0; k < a_.depth; k += span_) {
                 const bool last = k + span_ >= a_.depth;
                 Stream span = last ? ahead(stop, rest, 0, span_) : ahead(n, stop - n, k + span_, span_);
-                block(n, stop, k, sums, whole_rows_ ? rows : span);
+                block(n, stop, k, sums, whole_rows() ? rows : span);
             }
         }
         return OK;
@@ -355,7 +357,6 @@ class Product {
     int64_t span_;           // of K
     int64_t padded_;         // floats of a row of x
     int64_t batch_, block_;  // rows of x and of W that pass together
-    bool whole_rows_;        // how the next block is fetched
     int64_t threads_;
     int64_t first_, count_;  // the batch at hand
     int64_t panels_;         // that it is cut into
