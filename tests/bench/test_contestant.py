@@ -106,6 +106,7 @@ def test_what_the_bench_sets_unless_the_contestant_does(tmp_path: Path, python: 
     own = parse_contestant("T2@device_memory=40MiB,dtype=float32,max_model_len=200")
     ready = prepared(own, spec, workload, dtype="bfloat16", device_memory="1GiB", host_kv="3MiB", node="n")
     assert {**own.options, "host_kv": "3MiB", "node": "n", "device": "cpu"} == ready.options
+    assert ready.memory == 2 * (40 << 20) + (3 << 20)
     peer = prepared(parse_contestant("vllm:TP2", python), spec, workload, dtype="bfloat16", node="n")
     assert 6 * 128 * spec.kv_bytes_per_token("bfloat16") / 2 < peer.options["kv_memory"] < 1 << 27
     assert {**peer.options, "kv_memory": 0} == {
@@ -115,7 +116,7 @@ def test_what_the_bench_sets_unless_the_contestant_does(tmp_path: Path, python: 
         "kv_memory": 0,
     }
     own = prepared(parse_contestant("vllm:TP1@kv_memory=2GiB", python), spec, workload, dtype="bfloat16")
-    assert own.options["kv_memory"] == 2 << 30
+    assert own.options["kv_memory"] == 2 << 30 < own.memory < 3 << 30
 
 
 @pytest.mark.parametrize(

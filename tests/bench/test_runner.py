@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
-from seesaw.bench import sessions
+from seesaw.bench import runner, sessions
 from seesaw.bench.contestant import Contestant
 from seesaw.bench.process import ContestantError, Guard, JsonProcess
 from seesaw.bench.results import comparisons, ratio
@@ -55,6 +57,29 @@ def test_contestants_take_turns_in_an_order_that_rotates(tmp_path: Path) -> None
     assert comparisons(result) == []  # none is Seesaw's
     assert result.entries[0].about["options"] == {"dtype": "bfloat16", "max_model_len": 16}
     assert not found.interrupted
+
+
+def test_those_that_do_not_fit_together_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+
+    def available() -> int:
+        commands = [child.cmdline() for child in psutil.Process().children(recursive=True)]
+        return 25 - 10 * sum(FAKE in command for command in commands)
+
+    monkeypatch.setattr(runner, "available_memory", available)
+    bench(tmp_path, *(replace(fake(name, log), memory=10) for name in "abc"), rounds=2)
+    turns = ["".join(line.split()[:2]) for line in log.read_text().splitlines()]
+    # c takes the place of a, which ran longest ago; then a that of b
+    assert turns[:10] == ["a4", "a6", "b4", "b6", "c4", "c6", "b6", "c6", "a4", "a6"]
+
+
+def test_one_that_does_not_fit_alone_is_run_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runner, "available_memory", lambda: 1 << 30)
+    found = bench(tmp_path, replace(fake("a", tmp_path / "log"), memory=3 << 30), rounds=1)
+    assert len(found.results[0].entries[0].runs) == 1
+    assert "a may come to take 3.00 GiB, and 1.00 GiB are free" in caplog.text
 
 
 def test_one_that_is_started_anew_warms_up_each_time(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import ModelSpec
 from seesaw.models.decoder import Decoder
+from seesaw.ops.base import Operators
 from seesaw.ops.torch_ops import TorchOperators
 from seesaw.weights.sharding import RankView, Sharding, rank_view
 
@@ -131,6 +132,9 @@ class _RankSum:
         total = torch.stack(self.shared.parts).sum(0)
         self.shared.barrier.wait()
         return x.copy_(total)
+
+    def linear(self, operators: Operators, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.all_reduce(operators.linear(x, weight, bias))
 
 
 def run_logits(

@@ -14,6 +14,7 @@ from seesaw.core.layout import Layout
 from seesaw.core.model_spec import ModelSpec
 from seesaw.models.decoder import Decoder
 from seesaw.models.hf_config import load_spec
+from seesaw.ops.base import Operators
 from seesaw.ops.torch_ops import TorchOperators
 from seesaw.weights.sharding import device_tensors, make_sharding, rank_view
 from tests.checkpoints import FAMILIES, make_checkpoint, reference_model
@@ -175,6 +176,9 @@ def test_all_reduce_runs_only_between_several_ranks(case: _Case) -> None:
         def all_reduce(self, x: Tensor) -> Tensor:
             self.calls += 1
             return x
+
+        def linear(self, operators: Operators, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self.all_reduce(operators.linear(x, weight, bias))
 
     for layout, expected in (("T1", 0), ("T2", 1 + 2 * 5)):
         counting = Counting()

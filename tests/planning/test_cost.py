@@ -54,6 +54,18 @@ def test_tensor_parallel_ranks_share_products_and_pay_for_sums() -> None:
     assert alone.all_reduce == 0.0
 
 
+def test_sums_that_travel_in_parts_hide_behind_their_products() -> None:
+    work = Work(tokens=4096, sampled=4096)
+    layer = line(1e-5, 1e9 / 4)(4096 * 1024 * 2)
+    products = [2 * 4096 * 1024 * depth / 4 / 1e12 for depth in (1024, 2816)]
+    found = cost("T4", [8], partial_sums=True).stage(0, work)
+    beyond = sum(layer - 3 / 4 * min(layer, product) for product in products)
+    assert found.all_reduce == pytest.approx(8 * beyond + layer)  # the embedding has no product
+    assert found.arithmetic == cost("T4", [8]).stage(0, work).arithmetic
+    few = Work(tokens=8, sampled=8)  # too small to travel in parts
+    assert cost("T4", [8], partial_sums=True).stage(0, few) == cost("T4", [8]).stage(0, few)
+
+
 def test_stages_share_layers() -> None:
     work = Work(tokens=4096, sampled=4096, keys=50.0)
     split = cost("P2", [5, 3])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from seesaw.transport.base import Link, Members, Transport
+from seesaw.transport.base import Link, Members, Transport, has_partial_sums
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float32, torch.bfloat16)
 SIZES = (0, 1, 3, 17, 31, 64, 250, 1000, 1023, 4096, 5001)
@@ -109,7 +110,7 @@ def _message(transport: Transport, rank: int, call: Call) -> None:
 def _collective(transport: Transport, rank: int, call: Call, ordered: bool) -> None:
     x = call.data(rank)
     if call.what == "all_reduce":
-        assert transport.all_reduce(x, call.members) is x
+        assert _all_reduce(transport, x, call, rank) is x
         expected = ordered_sum([call.data(m) for m in call.members])
         if ordered:
             assert torch.equal(x, expected), (call, (x != expected).nonzero().flatten()[:5])
@@ -126,3 +127,22 @@ def _collective(transport: Transport, rank: int, call: Call, ordered: bool) -> N
         for member, part in zip(call.members, parts or [], strict=parts is not None):
             assert torch.equal(part, call.data(member)), (call, member)
         assert torch.equal(x, call.data(rank)), "gather changed its input"
+
+
+def _all_reduce(transport: Transport, x: Tensor, call: Call, rank: int) -> Tensor:
+    """At once, or in parts where there is such a thing; which, and what parts, differs from member to member."""
+    chance = random.Random(call.number * 64 + rank)
+    if not has_partial_sums(transport) or len(call.members) < 2 or not call.size or chance.random() < 0.3:
+        return transport.all_reduce(x, call.members)
+    computed = x.clone()
+    x.fill_(-1)
+
+    def parts() -> Iterator[int]:
+        at = 0
+        while at < call.size:
+            count = min(call.size - at, chance.randint(0, 1 + call.size // 2))
+            x[at : at + count] = computed[at : at + count]
+            at += count
+            yield count
+
+    return transport.all_reduce_in_parts(x, parts(), call.members)

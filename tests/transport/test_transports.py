@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from seesaw.transport.base import Transport
+from seesaw.transport.base import Transport, has_partial_sums
+from seesaw.transport.select import Kind, sums_in_parts
 from tests.transport.programs import groups_of, links_of, ordered_sum, random_program, run_program
 from tests.transport.ranks import Setup, run_ranks
 
@@ -34,6 +35,17 @@ def test_random_programs(case: str, world: int) -> None:
     program = random_program(world, 100, seed=world, large=200_003, in_flight=CASES[case][2])
     with setup_for(case, world, groups=groups_of(program)) as setup:
         run_ranks(setup, lambda transport, rank: run_program(transport, rank, program))
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp", "gloo"])
+def test_which_transports_sum_in_parts(kind: Kind) -> None:
+    """As the profile of a node takes it to be."""
+
+    def body(transport: Transport, rank: int) -> None:
+        assert has_partial_sums(transport) == sums_in_parts(kind)
+
+    with setup_for(kind, 2, groups=[(0, 1)]) as setup:
+        run_ranks(setup, body)
 
 
 @pytest.mark.parametrize("world", [2, 4])

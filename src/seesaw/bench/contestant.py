@@ -56,6 +56,8 @@ class Contestant:
     """`seesaw` or `vllm`."""
     command: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    memory: int = 0
+    """Bytes that its processes may come to take together; 0 until it is prepared for a workload."""
 
     @property
     def plan(self) -> Plan | None:
@@ -175,19 +177,22 @@ def prepared(
     kind = str(contestant.options.get("dtype", dtype))
     common = contestant.with_defaults(dtype=kind, max_model_len=longest)
     tokens = sum(-(-(p + o + 1) // _BLOCK) * _BLOCK for p, o in workload.lengths)
-    kv = tokens * spec.kv_bytes_per_token(kind)
+    kv, weights = tokens * spec.kv_bytes_per_token(kind), weight_parameters(spec) * DTYPE_BYTES[kind]
+    ranks = contestant.world
     if contestant.kind == "vllm":
-        memory = parse_bytes(common.options.get("kv_memory", kv // contestant.world * 5 // 4 + (64 << 20)))
-        return replace(common, options={**common.options, "kv_memory": memory})
+        memory = parse_bytes(common.options.get("kv_memory", kv // ranks * 5 // 4 + (64 << 20)))
+        options = {**common.options, "kv_memory": memory}
+        return replace(common, options=options, memory=weights + ranks * (memory + _SLACK))
     if contestant.kind != "seesaw":
         return common
-    weights = weight_parameters(spec) * DTYPE_BYTES[kind]
-    return common.with_defaults(
+    found = common.with_defaults(
         node=node,
         device=CPU.name,  # floors and probes are of cores
         device_memory=device_memory or 2 * weights + kv + _SLACK,
         host_kv=host_kv or kv,
     )
+    rank, host = (parse_bytes(found.options[name]) for name in ("device_memory", "host_kv"))
+    return replace(found, memory=ranks * rank + host)
 
 
 def deployment_of(contestant: Contestant, model: Path) -> Deployment:

@@ -21,6 +21,8 @@ from seesaw.bench.workloads import Workload
 from seesaw.core.layout import Plan
 from seesaw.core.model_spec import ModelSpec
 from seesaw.core.node import Place
+from seesaw.core.units import format_bytes
+from seesaw.preflight.system import available_memory
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +146,11 @@ class Bench:
     ) -> None:
         """One counted run; the contestant is started first if need be, and stands still afterwards."""
         try:
-            process = live.get(entry.name)
-            if process is None:
+            process = live.pop(entry.name, None)
+            if process is not None:
+                live[entry.name] = process  # last, as the one that ran last
+            else:
+                _make_room(entry.contestant, live)
                 process = live[entry.name] = self._start(entry, guard)
                 self._open(entry, workload, process)
             process.thaw()
@@ -235,6 +240,25 @@ class Bench:
         entry.copy_rate = probes[own].copy
         entry.floor = floor_of(
             self._spec, dtype, workload.lengths, probes[own].rates(dtype), **_limits(entry)
+        )
+
+
+def _make_room(contestant: Contestant, live: dict[str, JsonProcess]) -> None:
+    """Close those that ran longest ago until there is memory for one more; when it is their turn they start anew.
+
+    Those that are live have run this workload once, so that they have taken what they will.
+    """
+    while (free := available_memory()) < contestant.memory and live:
+        name = next(iter(live))
+        logger.info("closing %s, which leaves no memory for %s beside it", name, contestant.name)
+        live.pop(name).close()
+    if free < contestant.memory:
+        logger.warning(
+            "%s may come to take %s, and %s are free: its runs may be slow, or end; --device-memory and "
+            "--host-kv bound it",
+            contestant.name,
+            format_bytes(contestant.memory),
+            format_bytes(free),
         )
 
 

@@ -107,6 +107,8 @@ class HardwareSpec(msgspec.Struct, frozen=True, kw_only=True):
     waiting: dict[int, Curve] = {}
     """Share of their time for which the ranks of a group of so many wait for the slowest of them, by the seconds that
     they work between two meetings: none take exactly as long as the others, time by time."""
+    partial_sums: bool = False
+    """Whether sums over ranks travel in parts while the product is computed (`core.partial_sums`)."""
     by_type: dict[str, TypeCurves] = {}
     """Curves of single types, where they are known; those above hold for all others."""
     sources: dict[str, str] = {}

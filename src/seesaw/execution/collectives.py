@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from seesaw.core.partial_sums import part_bounds
 from seesaw.execution.links import HIDDEN, TOKENS
-from seesaw.transport.base import Transport
+from seesaw.ops.base import Operators
+from seesaw.transport.base import Transport, has_partial_sums
 from seesaw.weights.sharding import RankView
 
 
@@ -23,6 +27,27 @@ class TensorParallelGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum `x` over the ranks, in place."""
         return self.transport.all_reduce(x, self.view.tp_ranks)
+
+    def linear(self, operators: Operators, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x @ weight.T + bias`, summed over the ranks.
+
+        Where the transport can, the sums of some columns travel while the next are computed.
+        """
+        rows, columns = len(x), len(weight)
+        bounds = part_bounds(rows, columns, x.element_size())
+        transport = self.transport
+        if len(bounds) == 2 or not has_partial_sums(transport):
+            return self.all_reduce(operators.linear(x, weight, bias))
+        sums = x.new_empty(rows * columns)
+        parts = [sums[rows * a : rows * b].view(rows, b - a) for a, b in pairwise(bounds)]
+
+        def computed() -> Iterator[int]:
+            for (a, b), part in zip(pairwise(bounds), parts, strict=True):
+                operators.linear(x, weight[a:b], None if bias is None else bias[a:b], out=part)
+                yield part.numel()
+
+        transport.all_reduce_in_parts(sums, computed(), self.view.tp_ranks)
+        return torch.cat(parts, dim=1)
 
     def agree(self, mine: bool, device: torch.device) -> bool:
         """Whether it holds on every rank. The host waits for them, and for its own `device`."""

@@ -25,7 +25,8 @@ class FunctionTime(msgspec.Struct):
 class PhaseProfile(msgspec.Struct):
     """One phase of one rank: Forwards run, their seconds in all, and of these the timed functions' share.
 
-    The functions do not call each other; what they leave of `seconds` is Python and small torch operators.
+    A function's seconds are without those of other timed ones that it calls; what they leave of `seconds` is Python
+    and small torch operators.
     """
 
     forwards: int = 0
@@ -40,6 +41,8 @@ class Profile:
     def __init__(self) -> None:
         self.phases: dict[str, PhaseProfile] = defaultdict(PhaseProfile)
         self._phase = PhaseProfile()
+        self._inside = 0.0
+        """Seconds of timed functions within the one under way."""
 
     @contextmanager
     def forward(self, phase: str, tokens: int) -> Iterator[None]:
@@ -63,11 +66,14 @@ class Profile:
         method = getattr(subject, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            before, self._inside = self._inside, 0.0
             started = time.perf_counter()
             result = method(*args, **kwargs)
+            seconds = time.perf_counter() - started
             entry = self._phase.functions.setdefault(_label(name, args), FunctionTime())
             entry.calls += 1
-            entry.seconds += time.perf_counter() - started
+            entry.seconds += seconds - self._inside
+            self._inside = before + seconds
             return result
 
         return call

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -15,6 +15,7 @@ from seesaw.core.actions import Forward
 from seesaw.core.events import COMPUTE, COPIES, Event
 from seesaw.execution.messages import Events
 from seesaw.execution.profiling import Timed
+from seesaw.transport.base import Members, PartialSums, has_partial_sums
 
 _T = TypeVar("_T")
 
@@ -69,6 +70,8 @@ class RankTrace:
     def watch(self, transport: _T) -> _T:
         """`transport`, with an event for each wait for another stage, and the time of collectives counted."""
         methods = {name: self._counted(transport, name) for name in ("all_reduce", "gather", "broadcast")}
+        if has_partial_sums(transport):
+            methods["all_reduce_in_parts"] = self._counted_in_parts(transport)
         return cast(_T, Timed(transport, methods | {"receive": self._received(transport)}))
 
     def flush(self) -> None:
@@ -98,6 +101,30 @@ class RankTrace:
             started = time.monotonic()
             result = method(*args, **kwargs)
             self._exchanging += time.monotonic() - started
+            return result
+
+        return call
+
+    def _counted_in_parts(self, transport: PartialSums) -> Callable[..., Any]:
+        """Without the time in which the parts are computed."""
+        method = transport.all_reduce_in_parts
+
+        def call(x: Any, parts: Iterable[int], members: Members) -> Any:
+            computing, steps = 0.0, iter(parts)
+
+            def computed() -> Iterator[int]:
+                nonlocal computing
+                while True:
+                    started = time.monotonic()
+                    count = next(steps, None)
+                    computing += time.monotonic() - started
+                    if count is None:
+                        return
+                    yield count
+
+            started = time.monotonic()
+            result = method(x, computed(), members)
+            self._exchanging += time.monotonic() - started - computing
             return result
 
         return call

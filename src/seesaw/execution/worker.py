@@ -51,7 +51,7 @@ from seesaw.execution.tracing import RankTrace
 from seesaw.kv.device_pool import DevicePool
 from seesaw.kv.host_buffer import HostBuffer
 from seesaw.ops.select import create_operators
-from seesaw.transport.base import Transport
+from seesaw.transport.base import Transport, has_partial_sums
 from seesaw.transport.select import create_transport, staged_for
 from seesaw.weights.arrivals import Arrivals
 from seesaw.weights.changes import Mode
@@ -99,7 +99,11 @@ class Worker:
         self._operators = self._timed(
             operators, "linear", "rms_norm", "add_rms_norm", "rotate", "silu_mul", "argmax"
         )
-        self._transport = self._timed(self._connect(), "all_reduce", "gather", "broadcast", "send", "receive")
+        transport = self._connect()
+        summing = ("all_reduce_in_parts",) if has_partial_sums(transport) else ()
+        self._transport = self._timed(
+            transport, "all_reduce", *summing, "gather", "broadcast", "send", "receive"
+        )
         if self.trace is not None:
             self._transport = self.trace.watch(self._transport)
         self._store = self._open_store()

@@ -25,6 +25,10 @@ class TensorParallel(Protocol):
         """Sum `x` over the tensor-parallel ranks; the result may be `x` itself, changed in place."""
         ...
 
+    def linear(self, operators: Operators, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`operators.linear` of each rank, summed over them."""
+        ...
+
 
 class Attend(Protocol):
     """Causal attention of one layer over what the sequences of a batch hold so far and the new tokens.
@@ -137,7 +141,7 @@ class Decoder:
                     hidden = hidden.index_select(0, rows)
                     if not len(rows):
                         return hidden
-                attended = self._sum(self._ops.linear(mixed, layer.o, layer.o_bias))
+                attended = self._summed(mixed, layer.o, layer.o_bias)
                 delta = self._mlp(layer, self._add_norm(hidden, attended, layer.post_norm))
             return hidden if delta is None else hidden.add_(delta)
 
@@ -182,8 +186,11 @@ class Decoder:
             return self._ops.rms_norm(hidden, weight, self._spec.rms_eps)
         return self._ops.add_rms_norm(hidden, delta, weight, self._spec.rms_eps)
 
-    def _sum(self, partial: Tensor) -> Tensor:
-        return partial if self._parallel is None else self._parallel.all_reduce(partial)
+    def _summed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with a matrix of which each rank has some rows of the inputs, summed over the ranks."""
+        if self._parallel is None:
+            return self._ops.linear(x, weight, bias)
+        return self._parallel.linear(self._ops, x, weight, bias)
 
     def _attention(
         self,
@@ -222,4 +229,4 @@ class Decoder:
 
     def _mlp(self, layer: _Layer, normed: Tensor) -> Tensor:
         mixed = self._ops.silu_mul(self._ops.linear(normed, layer.gate_up, layer.gate_up_bias))
-        return self._sum(self._ops.linear(mixed, layer.down, layer.down_bias))
+        return self._summed(mixed, layer.down, layer.down_bias)

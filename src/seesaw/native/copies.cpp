@@ -10,9 +10,11 @@
 #include <immintrin.h>
 #endif
 
+#include "lines.h"
+
 namespace {
 
-constexpr size_t LINE = 64;
+constexpr size_t LINE = seesaw::LINE;
 constexpr size_t AHEAD = 8 * LINE;  // bytes that are asked for before they are copied
 constexpr size_t SHORT = 512;       // bytes that are not worth aligning for
 

@@ -33,11 +33,7 @@ constexpr int ROWS = 4, COLUMNS[] = {0, 6, 4, 3, 3};  // 16 registers
 #endif
 // LONGEST_SPAN of K, in floats: the rows of x of a tile leave room for others in the first-level cache. BLOCK_BYTES of
 // W: at hand, and as much again that is being fetched.
-#if defined(__AVX512F__)
-constexpr int64_t LONGEST_SPAN = 512, BLOCK_BYTES = 192 << 10;  // second-level caches of 1 MiB and more
-#else
-constexpr int64_t LONGEST_SPAN = 1024, BLOCK_BYTES = 96 << 10;
-#endif
+constexpr int64_t LONGEST_SPAN = LARGE_CACHES ? 512 : 1024, BLOCK_BYTES = (LARGE_CACHES ? 192 : 96) << 10;
 constexpr int64_t STEP = 2 * WIDTH;       // elements of K that a tile takes at a time
 constexpr int64_t PANEL_BYTES = 1 << 20;  // of x, widened
 constexpr int64_t FEWEST_ROWS = 64;       // to widen at a time, however long: W is streamed once for them

@@ -36,12 +36,11 @@ class PackedProduct {
     static constexpr int64_t OF_UNIT = PAIRS ? 2 : 1;  // elements
     static constexpr int64_t SQUARE = LANES * OF_UNIT;  // elements of each of LANES rows that are transposed at a time
     static constexpr int ROWS = PACKED_ROWS, VECTORS = 2, COLUMNS = VECTORS * LANES;
-    static constexpr bool LARGE = LANES == 16;                                    // second-level caches of 1 MiB and more
-    static constexpr int64_t SPAN = 256, GROUP = (LARGE ? 192 : 96) / ROWS;       // units of K, panels of x
-    static constexpr int64_t MOST_ROWS = 516, MOST_COLUMNS = LARGE ? 512 : 1024;  // of a block
-    static constexpr int64_t ROWS_OF_THREAD = 192;                  // with fewer, threads rather share columns
-    static constexpr int64_t OF_LINE = LINE / sizeof(T);            // elements of a cache line
-    static constexpr int64_t LINES = LANES * SQUARE / OF_LINE;      // of a square
+    static constexpr int64_t SPAN = 256, GROUP = (LARGE_CACHES ? 192 : 96) / ROWS;       // units of K, panels of x
+    static constexpr int64_t MOST_ROWS = 516, MOST_COLUMNS = LARGE_CACHES ? 512 : 1024;  // of a block
+    static constexpr int64_t ROWS_OF_THREAD = 192;              // with fewer, threads rather share columns
+    static constexpr int64_t OF_LINE = LINE / sizeof(T);        // elements of a cache line
+    static constexpr int64_t LINES = LANES * SQUARE / OF_LINE;  // of a square
 
   public:
     explicit PackedProduct(const Arguments& a) : a_(a) {}

@@ -17,6 +17,7 @@ constexpr int WIDTH = 8;
 #else
 constexpr int WIDTH = 4;
 #endif
+constexpr bool LARGE_CACHES = WIDTH == 16;  // processors with AVX-512 have second-level ones of 1 MiB and more
 constexpr int64_t SMALL = 1 << 20;  // products that are not worth waking other threads
 
 enum Status : int32_t { OK = 0, BAD_DTYPE = 1, NO_MEMORY = 2 };

@@ -1,11 +1,7 @@
 // Collectives and messages between ranks on separate networks, over TCP connections that are already set up.
 //
-// Between two ranks there is one connection per channel and one for collectives, so that none waits behind another.
-//
-// Collectives run on the calling thread: one poll loop sends to and receives from all members at once. A member's
-// *share* is what it adds up. In one round every member sends all it has to every other and adds up everything; in two
-// rounds a member sends each other its share, adds up its own, and sends the sum to all. Sums follow the data as it
-// arrives, and the second round of a prefix starts when it is summed: there is no barrier between the rounds.
+// Between two ranks there is one connection per channel and one for collectives (`socket_collectives.h`), so that none
+// waits behind another.
 //
 // Messages are streams of (length, bytes). `send` gives the kernel what it takes at once and queues a copy of the rest;
 // one thread per rank drains the queues, and reads ahead what arrives while nobody receives, so that transfers overlap
@@ -19,7 +15,6 @@
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -34,44 +29,18 @@
 #include <thread>
 #include <vector>
 
+#include "socket_collectives.h"
 #include "socket_streams.h"
-#include "sums.h"
 
 namespace {
 
 using namespace seesaw::tcp;
-using seesaw::sum_item_bytes;
-using seesaw::sum_members;
-
-constexpr int64_t SUM_GRAIN = 16 << 10;  // sums wait for this much, but for the last piece
-constexpr int PATIENCE_MS = 500;         // after which a wait returns to the caller
-
-enum Status : int32_t { DONE = 0, PENDING = 1, MISMATCH = 2, CLOSED = 3, FAILED = 4 };
-
-int64_t now_ms() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000ll + t.tv_nsec / 1'000'000;
-}
-
-// One member's part in a collective: what goes to it and what comes from it.
-struct Exchange {
-    int fd, peer, member;
-    struct Stretch {
-        char* data;
-        int64_t bytes;
-    };
-    Stretch out[2] = {}, in[2] = {};
-    int64_t sent = 0, received = 0;
-    int64_t out_bytes() const { return out[0].bytes + out[1].bytes; }
-    int64_t in_bytes() const { return in[0].bytes + in[1].bytes; }
-};
 
 class Mesh {
   public:
     // `fds`: a connection for every peer and link, -1 for the rank itself. They belong to the mesh from here on.
     Mesh(const int32_t* fds, int rank, int world, int64_t limit, int64_t one_round_bytes)
-        : rank_(rank), world_(world), limit_(limit), one_round_bytes_(one_round_bytes), collective_fds_(world),
+        : collectives(rank, world, one_round_bytes, failure), rank_(rank), world_(world), limit_(limit),
           outgoing_(world * CHANNELS), incoming_(world * CHANNELS) {
         epoll_ = epoll_create1(EPOLL_CLOEXEC);
         stop_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -80,7 +49,7 @@ class Mesh {
         epoll_ctl(epoll_, EPOLL_CTL_ADD, stop_, &event);
         for (int peer = 0; peer < world; ++peer) {
             const int32_t* links = fds + peer * LINKS;
-            collective_fds_[peer] = links[CHANNELS];
+            collectives.connect(peer, links[CHANNELS]);
             for (int c = 0; c < CHANNELS && peer != rank; ++c) {
                 open_direction(outgoing(peer, c), links[c], dup(links[c]), peer, true);
                 open_direction(incoming(peer, c), links[c], links[c], peer, false);
@@ -99,26 +68,25 @@ class Mesh {
         thread_.join();
         for (int peer = 0; peer < world_; ++peer) {
             if (peer == rank_) continue;
-            close(collective_fds_[peer]);
             for (int c = 0; c < CHANNELS; ++c) close(outgoing(peer, c).watch_fd), close(incoming(peer, c).fd);
         }
         close(stop_);
         close(epoll_);
     }
 
-    int failed_peer = -1, failed_error = 0;
-    int64_t found_bytes = 0;
+    Failure failure;
+    Collectives collectives;
 
-    // ---- messages -----------------------------------------------------------------------------------------------
+    // ---- the calling thread -------------------------------------------------------------------------------------
 
     int32_t send(const char* x, int64_t bytes, int peer, int channel) {
         Direction& to = outgoing(peer, channel);
         std::unique_lock<std::mutex> lock(to.mutex);
         const auto room = [&] { return to.error || to.queued == 0 || to.queued + bytes <= limit_; };
         if (!to.progress.wait_for(lock, std::chrono::milliseconds(PATIENCE_MS), room)) return PENDING;
-        if (to.error) return fail(peer, to.error);
+        if (to.error) return failure.of(peer, to.error);
         int64_t sent = 0;
-        if (to.queued == 0 && (sent = send_at_once(to, x, bytes)) < 0) return fail(peer, to.error);
+        if (to.queued == 0 && (sent = send_at_once(to, x, bytes)) < 0) return failure.of(peer, to.error);
         const int64_t header = sizeof bytes;
         if (sent == header + bytes) return DONE;
         const int64_t of_header = std::min(sent, header);
@@ -159,67 +127,9 @@ class Mesh {
             std::unique_lock<std::mutex> lock(to.mutex);
             const auto empty = [&] { return to.error || to.queued == 0; };
             if (!to.progress.wait_for(lock, std::chrono::milliseconds(PATIENCE_MS), empty)) return PENDING;
-            if (to.error) return fail(to.peer, to.error);
+            if (to.error) return failure.of(to.peer, to.error);
         }
         return DONE;
-    }
-
-    // ---- collectives --------------------------------------------------------------------------------------------
-
-    int32_t all_reduce(char* x, int64_t count, int32_t type, const int32_t* members, int n) {
-        const int64_t item = sum_item_bytes(type), bytes = count * item;
-        begin(members, n);
-        const bool one_round = n == 2 || bytes * (n - 1) * (n - 2) <= one_round_bytes_ * n;
-        const int64_t each = (count + n - 1) / n;
-        const auto share = [&](int m) -> Exchange::Stretch {
-            const int64_t start = one_round ? 0 : std::min(count, m * each);
-            const int64_t end = one_round ? count : std::min(count, start + each);
-            return {x + start * item, (end - start) * item};
-        };
-        const Exchange::Stretch own = share(own_member_);
-        reserve((n - 1) * own.bytes);
-        char* scratch = scratch_.get();
-        for (Exchange& e : exchanges_) {
-            e.out[0] = share(e.member);
-            e.in[0] = {scratch, own.bytes};
-            if (!one_round) e.out[1] = own, e.in[1] = share(e.member);
-            sources_[e.member] = scratch;
-            scratch += own.bytes;
-        }
-        sources_[own_member_] = own.data;
-        sum_ = {own.data, own.bytes, 0, item, type, one_round};
-        return resume();
-    }
-    int32_t gather(char* x, int64_t bytes, char* const* parts, const int32_t* members, int n) {
-        begin(members, n);
-        if (!parts) exchanges_.erase(exchanges_.begin() + 1, exchanges_.end());
-        for (Exchange& e : exchanges_) parts ? e.in[0] = {parts[e.member], bytes} : e.out[0] = {x, bytes};
-        return resume();
-    }
-    int32_t broadcast(char* x, int64_t bytes, bool first, const int32_t* members, int n) {
-        begin(members, n);
-        if (!first) exchanges_.erase(exchanges_.begin() + 1, exchanges_.end());
-        for (Exchange& e : exchanges_) (first ? e.out[0] : e.in[0]) = {x, bytes};
-        return resume();
-    }
-
-    // Goes on with a collective: until it is done, or for a while.
-    int32_t resume() {
-        const int64_t end = now_ms() + PATIENCE_MS;
-        for (;;) {
-            bool moved = false;
-            for (Exchange& e : exchanges_) {
-                int error = 0;
-                const int64_t in = pull(e, &error), out = in < 0 ? 0 : push(e, &error);
-                if (in < 0 || out < 0) return fail(e.peer, error);
-                moved = moved || in > 0 || out > 0;
-            }
-            moved = add_up() || moved;
-            if (complete()) return DONE;
-            if (moved) continue;
-            const int ready = wait_for_sockets((int)std::max<int64_t>(1, end - now_ms()));
-            if (ready < 0 || (ready == 0 && now_ms() >= end)) return PENDING;
-        }
     }
 
   private:
@@ -228,35 +138,15 @@ class Mesh {
         int64_t bytes = 0, found = 0, at = 0;  // `at` counts from the header: it is negative before the body
         Direction* from = nullptr;
     };
-    struct Sum {
-        char* data;
-        int64_t bytes, done, item;
-        int32_t type;
-        bool one_round;
-    };
 
-    int rank_, world_, epoll_, stop_, own_member_ = 0;
-    int64_t limit_, one_round_bytes_;
-    std::vector<int> collective_fds_;
+    int rank_, world_, epoll_, stop_;
+    int64_t limit_;
     std::deque<Direction> outgoing_, incoming_;
     std::thread thread_;
     Receiving receiving_;
-    std::vector<Exchange> exchanges_;
-    std::vector<const void*> sources_, shifted_;
-    std::vector<pollfd> polled_;
-    std::unique_ptr<char[]> scratch_;
-    int64_t scratch_bytes_ = 0;
-    Sum sum_ = {};
 
     Direction& outgoing(int peer, int channel) { return outgoing_[(size_t)(peer * CHANNELS + channel)]; }
     Direction& incoming(int peer, int channel) { return incoming_[(size_t)(peer * CHANNELS + channel)]; }
-
-    int32_t fail(int peer, int error) {
-        failed_peer = peer, failed_error = error;
-        return error < 0 ? CLOSED : FAILED;
-    }
-
-    // ---- messages: the calling thread ---------------------------------------------------------------------------
 
     void open_direction(Direction& d, int fd, int watch_fd, int peer, bool outgoing) {
         d.fd = fd, d.watch_fd = watch_fd, d.peer = peer, d.outgoing = outgoing;
@@ -308,11 +198,11 @@ class Mesh {
         const int64_t end = now_ms() + PATIENCE_MS;
         while (wants_more()) {
             const iovec to = wanted();
-            if (from.ended) return fail(from.peer, from.error);
+            if (from.ended) return failure.of(from.peer, from.error);
             const int64_t n = receive_some(from.fd, (char*)to.iov_base, (int64_t)to.iov_len, &from.error);
             if (n < 0) {
                 from.ended = true;
-                return fail(from.peer, from.error);
+                return failure.of(from.peer, from.error);
             }
             receiving_.at += n;
             if (n > 0) continue;
@@ -323,7 +213,7 @@ class Mesh {
         return mismatch() ? MISMATCH : DONE;
     }
 
-    // ---- messages: the thread -----------------------------------------------------------------------------------
+    // ---- the thread ---------------------------------------------------------------------------------------------
 
     void serve() {
         epoll_event events[32];
@@ -357,90 +247,6 @@ class Mesh {
         else buffer.end += n, from.queued += n;
         if (from.ended || from.queued >= limit_) arm(from, false);
     }
-
-    // ---- collectives --------------------------------------------------------------------------------------------
-
-    // An exchange with every other member, the first member's first.
-    void begin(const int32_t* members, int n) {
-        exchanges_.clear();
-        sources_.assign((size_t)n, nullptr);
-        own_member_ = (int)(std::find(members, members + n, rank_) - members);
-        for (int m = 0; m < n; ++m)
-            if (m != own_member_) {
-                exchanges_.emplace_back();
-                exchanges_.back().fd = collective_fds_[members[m]];
-                exchanges_.back().peer = members[m];
-                exchanges_.back().member = m;
-            }
-        sum_ = {};
-    }
-    void reserve(int64_t bytes) {
-        if (bytes <= scratch_bytes_) return;
-        scratch_.reset(new char[(size_t)bytes]);
-        scratch_bytes_ = bytes;
-    }
-    // The second stretch going out is our share as far as it is summed.
-    int64_t sendable(const Exchange& e) const { return e.out[0].bytes + std::min(e.out[1].bytes, sum_.done); }
-
-    // A little at a time, so that what the peer gets is still in the caches when it reads it.
-    int64_t push(Exchange& e, int* error) {
-        int64_t total = 0;
-        while (e.sent < sendable(e)) {
-            const bool second = e.sent >= e.out[0].bytes;
-            const int64_t at = e.sent - (second ? e.out[0].bytes : 0);
-            const int64_t end = second ? std::min(e.out[1].bytes, sum_.done) : e.out[0].bytes;
-            const int64_t n = send_some(e.fd, e.out[second].data + at, std::min(end - at, BUFFER), error);
-            if (n < 0) return -1;
-            e.sent += n, total += n;
-            if (n == 0 || total >= BUFFER) break;
-        }
-        return total;
-    }
-    // A peer sends its second stretch only after it has our first: `in[1]`, which lies over it, may be filled.
-    int64_t pull(Exchange& e, int* error) {
-        int64_t total = 0;
-        while (e.received < e.in_bytes()) {
-            const bool second = e.received >= e.in[0].bytes;
-            const int64_t at = e.received - (second ? e.in[0].bytes : 0);
-            const int64_t n = receive_some(e.fd, e.in[second].data + at, e.in[second].bytes - at, error);
-            if (n < 0) return -1;
-            if (n == 0) break;
-            e.received += n, total += n;
-        }
-        return total;
-    }
-    // Add up what all members' shares have so far. In one round the sum replaces what is still to be sent, so that
-    // it must have left as well.
-    bool add_up() {
-        if (sum_.done == sum_.bytes) return false;
-        int64_t ready = sum_.bytes;
-        for (const Exchange& e : exchanges_) {
-            ready = std::min(ready, e.received);
-            if (sum_.one_round) ready = std::min(ready, e.sent);
-        }
-        ready -= ready % sum_.item;
-        if (ready == sum_.done || (ready < sum_.bytes && ready - sum_.done < SUM_GRAIN)) return false;
-        shifted_.resize(sources_.size());
-        for (size_t m = 0; m < shifted_.size(); ++m) shifted_[m] = (const char*)sources_[m] + sum_.done;
-        sum_members(sum_.type, sum_.data + sum_.done, nullptr, shifted_.data(), (int32_t)shifted_.size(),
-                    (ready - sum_.done) / sum_.item);
-        sum_.done = ready;
-        return true;
-    }
-
-    bool complete() const {
-        for (const Exchange& e : exchanges_)
-            if (e.sent < e.out_bytes() || e.received < e.in_bytes()) return false;
-        return sum_.done == sum_.bytes;
-    }
-    int wait_for_sockets(int milliseconds) {
-        polled_.clear();
-        for (const Exchange& e : exchanges_) {
-            const short events = (short)((e.sent < sendable(e) ? POLLOUT : 0) | (e.received < e.in_bytes() ? POLLIN : 0));
-            if (events) polled_.push_back({e.fd, events, 0});
-        }
-        return poll(polled_.data(), (nfds_t)polled_.size(), milliseconds);
-    }
 };
 
 }  // namespace
@@ -459,20 +265,26 @@ void* seesaw_tcp_open(const int32_t* fds, int32_t rank, int32_t world, int64_t l
 void seesaw_tcp_close(void* mesh) { delete (Mesh*)mesh; }
 
 // Why a call answered CLOSED, FAILED or MISMATCH.
-int32_t seesaw_tcp_failed_peer(void* mesh) { return ((Mesh*)mesh)->failed_peer; }
-int32_t seesaw_tcp_failed_error(void* mesh) { return ((Mesh*)mesh)->failed_error; }
+int32_t seesaw_tcp_failed_peer(void* mesh) { return ((Mesh*)mesh)->failure.peer; }
+int32_t seesaw_tcp_failed_error(void* mesh) { return ((Mesh*)mesh)->failure.error; }
 
 int32_t seesaw_tcp_all_reduce(void* mesh, void* x, int64_t count, int32_t type, const int32_t* members, int32_t n) {
-    return ((Mesh*)mesh)->all_reduce((char*)x, count, type, members, n);
+    return ((Mesh*)mesh)->collectives.all_reduce((char*)x, count, type, members, n);
 }
+// Begins a sum of which nothing is computed yet.
+void seesaw_tcp_begin_all_reduce(void* mesh, void* x, int64_t count, int32_t type, const int32_t* members, int32_t n) {
+    ((Mesh*)mesh)->collectives.begin_all_reduce((char*)x, count, type, members, n);
+}
+// `bytes` more are computed. PENDING: there is more to do, whether or not that was the last of them.
+int32_t seesaw_tcp_computed(void* mesh, int64_t bytes) { return ((Mesh*)mesh)->collectives.computed(bytes); }
 int32_t seesaw_tcp_gather(void* mesh, void* x, int64_t bytes, char* const* parts, const int32_t* members, int32_t n) {
-    return ((Mesh*)mesh)->gather((char*)x, bytes, parts, members, n);
+    return ((Mesh*)mesh)->collectives.gather((char*)x, bytes, parts, members, n);
 }
 int32_t seesaw_tcp_broadcast(void* mesh, void* x, int64_t bytes, int32_t first, const int32_t* members, int32_t n) {
-    return ((Mesh*)mesh)->broadcast((char*)x, bytes, first != 0, members, n);
+    return ((Mesh*)mesh)->collectives.broadcast((char*)x, bytes, first != 0, members, n);
 }
-// Goes on with a collective that answered PENDING.
-int32_t seesaw_tcp_resume(void* mesh) { return ((Mesh*)mesh)->resume(); }
+// Goes on with a collective that answered PENDING, of which everything is computed.
+int32_t seesaw_tcp_resume(void* mesh) { return ((Mesh*)mesh)->collectives.resume(); }
 
 // PENDING: nothing was sent for want of room; call again.
 int32_t seesaw_tcp_send(void* mesh, const void* x, int64_t bytes, int32_t peer, int32_t channel) {

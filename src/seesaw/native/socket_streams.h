@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sys/socket.h>
+#include <time.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -18,6 +19,24 @@ namespace seesaw::tcp {
 
 constexpr int CHANNELS = 2, LINKS = CHANNELS + 1;  // the last one is for collectives
 constexpr int64_t BUFFER = 256 << 10;              // what the thread reads or writes at a time
+constexpr int PATIENCE_MS = 500;                   // after which a wait returns to the caller
+
+enum Status : int32_t { DONE = 0, PENDING = 1, MISMATCH = 2, CLOSED = 3, FAILED = 4 };
+
+// Which peer a call failed with, and why: an error number, or -1 if it has closed the connection.
+struct Failure {
+    int peer = -1, error = 0;
+    int32_t of(int with, int why) {
+        peer = with, error = why;
+        return why < 0 ? CLOSED : FAILED;
+    }
+};
+
+inline int64_t now_ms() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000ll + t.tv_nsec / 1'000'000;
+}
 
 // Bytes between two offsets. The memory is not touched before it is used.
 struct Buffer {

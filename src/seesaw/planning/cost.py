@@ -1,8 +1,9 @@
 """What a Forward costs on each pipeline stage of a layout, from a model's shape and a `HardwareSpec`.
 
 An operator takes `max(flops / (peak * e(rows)), bytes / bandwidth) + overhead`: weights stream from memory, or
-arithmetic bounds it. An all-reduce and a hand-over between stages follow the measured curves of their links. A
-`Cost` keeps the parts apart, so that a prediction can say what it is made of.
+arithmetic bounds it. An all-reduce and a hand-over between stages follow the measured curves of their links; where
+sums travel while they are computed, an all-reduce is what is left when its product is done. A `Cost` keeps the parts
+apart, so that a prediction can say what it is made of.
 
 The shards are the engine's own: a rank's share of heads, FFN columns and vocabulary is that of the first
 tensor-parallel rank, which holds the most.
@@ -18,6 +19,7 @@ import msgspec
 from seesaw.core.errors import ConfigError
 from seesaw.core.hardware import HardwareSpec, TypeCurves
 from seesaw.core.layout import Layout
+from seesaw.core.partial_sums import left_of_sum, part_bounds
 from seesaw.planning.shapes import PlannedModel
 
 _SMALL_OPERATORS = 5
@@ -196,11 +198,13 @@ class LayoutCost:
             total += self._layer(tokens, sampled)
         if last and sampled:
             total += self._product(_Product(spec.hidden, -(-spec.vocab // tp), self._head_bits), sampled)
-        reduced = self._all_reduce(tokens)
-        count = 2 * self.stages[index] - 2 * last + (index == 0)  # the embedding is summed as well
         waiting = self._waiting(total.seconds / (2 * self.stages[index])) * total.seconds
-        together = count * reduced + (2 * self._all_reduce(sampled) if last else 0.0)
-        total += Cost(all_reduce=together + waiting)
+        sums = (self.stages[index] - last) * self._sums(tokens)
+        if index == 0:
+            sums += self._all_reduce(tokens)  # of the embedding
+        if last:
+            sums += self._sums(sampled)
+        total += Cost(all_reduce=sums + waiting)
         overhead = self.hardware.step_overhead + self.stages[index] * self.hardware.layer_overhead
         return total + Cost(overhead=overhead)
 
@@ -270,6 +274,17 @@ class LayoutCost:
         """The share of their time for which ranks that meet every so many seconds wait for the slowest of them."""
         shares = self.hardware.waiting.get(self.layout.tp)
         return 0.0 if shares is None else shares(seconds)
+
+    def _sums(self, rows: int) -> float:
+        """Of a layer's two products that are summed over the ranks: what the sums take beyond the products."""
+        spec, tp, bits = self.model.spec, self.layout.tp, self.model.weight_bits
+        whole = self._all_reduce(rows)
+        if not whole or not self.hardware.partial_sums:
+            return 2 * whole
+        parts = len(part_bounds(rows, spec.hidden, self._activation_bytes)) - 1
+        depths = (-(-spec.heads // tp) * spec.head_dim, -(-spec.ffn // tp))
+        products = (self._product(_Product(depth, spec.hidden, bits), rows).seconds for depth in depths)
+        return sum(left_of_sum(product, whole, parts) for product in products)
 
     def _all_reduce(self, rows: int) -> float:
         if self.layout.tp == 1 or not rows:

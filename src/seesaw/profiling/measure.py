@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+import msgspec
+
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.node import Place
 from seesaw.profiling.fit import Box, fit
@@ -47,7 +49,8 @@ def profile(
     wanted = all_tasks(len(places), dtypes, options.device) if tasks is None else list(tasks)
     with Node(places, options, group_sizes(len(places))) as node:
         times = measure(node, wanted, effort, progress)
-    return fit(times, len(places), dtypes, options.device, box)
+    found = fit(times, len(places), dtypes, options.device, box)
+    return msgspec.structs.replace(found, partial_sums=node.partial_sums)
 
 
 def measure(node: Node, tasks: Sequence[Task], effort: Effort, progress: Progress) -> dict[Task, float]:

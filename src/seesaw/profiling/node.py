@@ -20,7 +20,7 @@ from seesaw.core.devices import device_kind
 from seesaw.core.node import Place
 from seesaw.execution.heap import with_huge_pages
 from seesaw.profiling.rank import RankConfig
-from seesaw.transport.select import resolve_kind
+from seesaw.transport.select import resolve_kind, sums_in_parts
 from seesaw.transport.shared_memory import create_region
 
 _PATIENCE = 120.0
@@ -48,6 +48,8 @@ class Node:
         """Raises `ConfigError` for a transport that cannot be had."""
         self.world = len(places)
         self.options = options
+        self.partial_sums = False
+        """Whether sums over ranks travel while they are computed."""
         self._stack = ExitStack()
         try:
             self._ranks = self._start(places, list(group_sizes))
@@ -82,6 +84,7 @@ class Node:
         addresses = all(place.address for place in places)
         own = device_kind(options.device).transport
         kind = resolve_kind(options.transport, world=self.world, addresses=addresses, own=own)
+        self.partial_sums = sums_in_parts(kind)
         region = ""
         if kind == "shm":
             fd = create_region(self.world)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -59,3 +60,21 @@ class Transport(Protocol):
     def close(self) -> None:
         """Give up connections and buffers; nothing may be under way."""
         ...
+
+
+class PartialSums(Protocol):
+    """What transports have besides whose links are slow, and carry data while the ranks compute."""
+
+    def all_reduce_in_parts(self, x: Tensor, parts: Iterable[int], members: Members) -> Tensor:
+        """`all_reduce` of an `x` that is still to be computed: the same bits, of whatever parts.
+
+        Each step of `parts` computes elements of `x`, in the order of its memory, and says how many; together all.
+        They travel while the next step computes. `parts` calls nothing of the transport, and members may differ in
+        their parts; `x` is not empty, nor are there fewer than two members.
+        """
+        ...
+
+
+def has_partial_sums(transport: object) -> TypeGuard[PartialSums]:
+    """Whether `transport` has them. It may be a stand-in that hands on what it does not know."""
+    return hasattr(transport, "all_reduce_in_parts")

@@ -98,6 +98,11 @@ def resolve_kind(kind: str, *, world: int, addresses: bool, own: Kind | None = N
     return "gloo"
 
 
+def sums_in_parts(kind: Kind) -> bool:
+    """Whether ranks of this kind of transport have `PartialSums`."""
+    return kind == "tcp"
+
+
 def staged_for(transport: Transport, kind: DeviceKind) -> Transport:
     """`transport` as ranks on such devices can use it: by way of the host where it takes host memory alone."""
     if kind.on_host or transport.name in ("single", kind.transport):

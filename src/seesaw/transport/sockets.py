@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -47,6 +48,8 @@ def native_library() -> ctypes.CDLL | None:
         ("failed_peer", i32, pointer),
         ("failed_error", i32, pointer),
         ("all_reduce", i32, pointer, pointer, i64, i32, numbers, i32),
+        ("begin_all_reduce", None, pointer, pointer, i64, i32, numbers, i32),
+        ("computed", i32, pointer, i64),
         ("gather", i32, pointer, pointer, i64, pointer, numbers, i32),
         ("broadcast", i32, pointer, pointer, i64, i32, numbers, i32),
         ("resume", i32, pointer),
@@ -63,8 +66,9 @@ def native_library() -> ctypes.CDLL | None:
 class SocketTransport:
     """One rank's end of a full mesh of TCP connections; see `Transport`. Waits without spinning.
 
-    A call that needs a peer whose connection has closed raises `ConnectionError`, which names the rank. A rank
-    whose call was broken off by an exception can only `close`.
+    Sums may travel while they are computed (`PartialSums`): their first parts are on the way meanwhile, as far as
+    the kernel's buffers take them. A call that needs a peer whose connection has closed raises `ConnectionError`,
+    which names the rank. A rank whose call was broken off by an exception can only `close`.
     """
 
     name = "tcp"
@@ -115,6 +119,22 @@ class SocketTransport:
                 self._handle, x.data_ptr(), x.numel(), sum_type(x), member_array(members), len(members)
             )
             self._finish(status, "an all-reduce")
+        return x
+
+    def all_reduce_in_parts(self, x: Tensor, parts: Iterable[int], members: Members) -> Tensor:
+        """See `PartialSums.all_reduce_in_parts`."""
+        assert x.is_contiguous() and self._rank in members and len(members) > 1, (x.stride(), members)
+        self._library.seesaw_tcp_begin_all_reduce(
+            self._handle, x.data_ptr(), x.numel(), sum_type(x), member_array(members), len(members)
+        )
+        status, missing = PENDING, x.numel()
+        for count in parts:
+            missing -= count
+            status = self._library.seesaw_tcp_computed(self._handle, count * x.element_size())
+            if status not in (DONE, PENDING):
+                break
+        assert missing == 0 or status not in (DONE, PENDING), (missing, x.shape)
+        self._finish(status, "an all-reduce")
         return x
 
     def gather(self, x: Tensor, members: Members) -> list[Tensor] | None:

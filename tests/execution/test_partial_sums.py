@@ -1,0 +1,112 @@
+"""Products whose sums travel while they are computed, against those that are computed first."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from seesaw.core.partial_sums import MOST_PARTS, PART_BYTES, left_of_sum, part_bounds
+from seesaw.execution.collectives import TensorParallelGroup
+from seesaw.execution.profiling import Profile
+from seesaw.execution.tracing import RankTrace
+from seesaw.ops.torch_ops import TorchOperators
+from seesaw.transport.base import Transport
+from tests.transport.ranks import Setup, run_ranks
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 16, 100, 2048])
+@pytest.mark.parametrize("columns", [64, 96, 100, 288, 1024, 2048, 8192])
+@pytest.mark.parametrize("item", [2, 4])
+def test_parts_cover_all_columns_and_are_worth_a_message(rows: int, columns: int, item: int) -> None:
+    bounds = part_bounds(rows, columns, item)
+    widths = [b - a for a, b in pairwise(bounds)]
+    assert bounds[0] == 0 and sum(widths) == columns and all(width > 0 for width in widths)
+    assert len(widths) <= MOST_PARTS
+    if len(widths) > 1:
+        assert all(width % 64 == 0 and width * rows * item >= PART_BYTES for width in widths[:-1])
+    if rows * columns * item < 2 * PART_BYTES:
+        assert widths == [columns]
+
+
+def test_what_is_left_of_a_sum() -> None:
+    assert left_of_sum(product=8.0, whole=4.0, parts=1) == 4.0
+    assert left_of_sum(product=8.0, whole=4.0, parts=4) == 1.0  # only its last part
+    assert (
+        left_of_sum(product=4.0, whole=8.0, parts=4) == 5.0
+    )  # it begins after the first quarter of the product
+    assert left_of_sum(product=0.0, whole=8.0, parts=4) == 8.0
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(5, torch.float32), (33, torch.bfloat16), (300, torch.float32)])
+@pytest.mark.parametrize("world", [2, 3])
+def test_in_parts_as_at_once(rows: int, dtype: torch.dtype, world: int) -> None:
+    """Small whole numbers, whose sums are exact in any order."""
+    columns, depth = 1000, 40
+    assert len(part_bounds(rows, columns, dtype.itemsize)) > 2 or rows == 5
+    made = torch.Generator().manual_seed(rows)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=made).to(dtype)
+
+    parts = [(whole(rows, depth), whole(columns, depth), whole(columns)) for _ in range(world)]
+    total = sum(x.float() @ weight.float().T + bias.float() for x, weight, bias in parts)
+    assert isinstance(total, Tensor)
+    view = SimpleNamespace(tp_ranks=tuple(range(world)))
+
+    def body(transport: Transport, rank: int) -> None:
+        group = TensorParallelGroup(view, transport)  # type: ignore[arg-type]
+        found = group.linear(TorchOperators(), *parts[rank])
+        assert found.is_contiguous() and torch.equal(found, total.to(dtype))
+
+    with Setup("tcp", world) as setup:
+        run_ranks(setup, body)
+
+
+class _Slow:
+    """A transport whose sums take a while beside their parts."""
+
+    def all_reduce(self, x: Tensor, members: object) -> Tensor:
+        return x
+
+    gather = broadcast = receive = all_reduce
+
+    def all_reduce_in_parts(self, x: Tensor, parts: Iterator[int], members: object) -> Tensor:
+        assert sum(parts) == x.numel()
+        time.sleep(0.05)
+        return x
+
+
+class _Sleepy:
+    """Half of a product at a time."""
+
+    def linear(self, x: Tensor, weight: Tensor) -> int:
+        time.sleep(0.2)
+        return x.numel() // 2
+
+
+def test_a_profile_books_the_parts_to_what_computes_them(tmp_path: Path) -> None:
+    profile = Profile()
+    operators, x = profile.wrap(_Sleepy(), ("linear",)), torch.ones(4, 4)
+    transport = profile.wrap(_Slow(), ("all_reduce_in_parts",))
+    with profile.forward("decode", 4):
+        transport.all_reduce_in_parts(x, (operators.linear(x, x) for _ in range(2)), (0, 1))
+    profile.write(tmp_path / "p.json")
+    functions = json.loads((tmp_path / "p.json").read_text())["decode"]["functions"]
+    assert functions["linear 4x4"]["calls"] == 2 and functions["linear 4x4"]["seconds"] >= 0.4
+    assert 0.05 <= functions["all_reduce_in_parts"]["seconds"] < 0.2
+
+
+def test_a_trace_counts_the_exchange_alone() -> None:
+    trace = RankTrace(0, lambda events: None)
+    transport = trace.watch(_Slow())
+    operators, x = _Sleepy(), torch.ones(4, 4)
+    transport.all_reduce_in_parts(x, (operators.linear(x, x) for _ in range(2)), (0, 1))
+    assert 0.05 <= trace._exchanging < 0.2
