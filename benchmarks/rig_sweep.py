@@ -9,7 +9,8 @@ static one (`*`: one layout in both phases, whatever its policy) and gives the r
 it. Needs root, as the rig does.
 
 With `--profile` the rig is measured by `seesaw profile` before each bench, for contestants such as `auto@ranks=4`,
-which leave the plan to the planner; the table says what it took, and the ratio to the best plan that was named.
+which leave the plan to the planner; the table says what it took, the ratio to the best plan that was named, and that
+of the plan it took where it was named as well: runs of one plan differ, by noise and by settings.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> str:
         *table(["", ""], [[key, str(value)] for key, value in facts.items()]),
         "",
         f"Medians of {first['options']['rounds']} alternating runs, prompt and output tokens per second. `*` is the "
-        "best static contestant; the last row but one is the best re-sharded plan over it.",
+        "best static contestant, over which the ratio of the best re-sharded plan is.",
     ]
     for i, workload in enumerate(first["workloads"]):
         lines += ["", f"## {workload['name']}", "", *speeds(found, i)]
@@ -135,21 +136,30 @@ def speeds(found: dict[str, dict[str, Any]], number: int) -> list[str]:
             rows.append(["which took", *(str(column[name]["about"].get("plan", NONE)) for column in columns)])
             over = [ratio(column, name, winner) for column, winner in zip(columns, fastest, strict=True)]
             rows.append(["over the best plan named", *over])
+            named = [namesake(column, column[name]) for column in columns]
+            over = [ratio(*three) for three in zip(columns, named, fastest, strict=True)]
+            rows.append(["what it took, as it was named, over the best", *over])
     ratios = [ratio(*three) for three in zip(columns, resharded, static, strict=True)]
     shares = [
         ", ".join(share(column[name]) if name else NONE for name in pair)
         for column, *pair in zip(columns, resharded, static, strict=True)
     ]
-    last = [
-        ["best re-sharded over best static", *ratios],
-        ["share of its floor: best re-sharded, best static", *shares],
-    ]
-    return table(["contestant", *found], [*rows, *last])
+    rows.append(["best re-sharded over best static", *ratios])
+    if any(one["floor"] for column in columns for one in column.values()):
+        rows.append(["share of its floor: best re-sharded, best static", *shares])
+    return table(["contestant", *found], rows)
 
 
 def is_planned(one: dict[str, Any]) -> bool:
     """Whether the plan was left to the planner."""
     return bool(one["kind"] == "seesaw" and one["options"]["plan"] == "auto")
+
+
+def namesake(column: dict[str, dict[str, Any]], planned: dict[str, Any]) -> str | None:
+    """The fastest contestant that was named as the plan which the planner took; its settings may be others."""
+    plan = planned["about"].get("plan")
+    named = (name for name, one in column.items() if one["runs"] and one["options"].get("plan") == plan)
+    return best_of(column, named)
 
 
 def best_of(column: dict[str, dict[str, Any]], names: Iterable[str | None]) -> str | None:

@@ -76,18 +76,29 @@ def test_a_speed_without_a_static_plan_has_no_ratio() -> None:
     assert "| best re-sharded over best static | – |" in lines
 
 
+def test_without_floors_there_is_no_row_of_them() -> None:
+    found = {"none": result(contestant("P2->T2", [100.0]))}
+    assert any("share of its floor" in line for line in rig_sweep.speeds(found, 0))
+    found["none"]["workloads"][0]["contestants"][0]["floor"] = None
+    assert not any("share of its floor" in line for line in rig_sweep.speeds(found, 0))
+
+
 def test_what_the_planner_took_is_compared_with_plans_that_were_named() -> None:
     found = {
         "1gbit": result(
             contestant("P2->T2", [130.0]), contestant("T2", [100.0]), contestant("auto@ranks=2", [143.0])
         ),
         "4gbit": result(
-            contestant("P2->T2", [80.0]), contestant("T2", [100.0]), contestant("auto@ranks=2", [97.0])
+            contestant("P2->T2", [80.0]),
+            contestant("T2", [100.0]),
+            contestant("auto@ranks=2", [97.0]),
+            contestant("T2@chunk=1", [], error="out of luck"),
         ),
         "none": result(
             contestant("P2->T2", [80.0]), contestant("T2", [100.0]), contestant("auto@ranks=2", [])
         ),
     }
+    found["4gbit"]["workloads"][0]["contestants"][3]["options"] = {"plan": "T2"}
     for link, plan in (("1gbit", "D2->T2"), ("4gbit", "T2")):
         found[link]["workloads"][0]["contestants"][2]["about"] = {"plan": plan}
     found["none"]["workloads"][0]["contestants"][2].update(about={}, error="out of luck")
@@ -96,6 +107,7 @@ def test_what_the_planner_took_is_compared_with_plans_that_were_named() -> None:
         "| auto@ranks=2 | 143 (143 to 143) | 97 (97 to 97) | failed |",
         "| which took | D2->T2 | T2 | – |",
         "| over the best plan named | **1.10** | **0.97** | – |",
+        "| what it took, as it was named, over the best | – | **1.00** | – |",
         "| best re-sharded over best static | **1.30** | **0.80** | **0.80** |",
     ):
         assert line in lines
