@@ -14,6 +14,8 @@ from seesaw.core.devices import CUDA
 from seesaw.core.node import Place, places_on_cores
 from seesaw.device.cpu import CpuDevice
 from seesaw.profiling import clock, copies, steps
+from seesaw.profiling import measure as measuring
+from seesaw.profiling.fit import Box
 from seesaw.profiling.links import all_groups, groups_of
 from seesaw.profiling.measure import Effort, measure
 from seesaw.profiling.node import Node, NodeOptions
@@ -32,6 +34,7 @@ from seesaw.profiling.tasks import (
     step,
     tiny,
 )
+from tests.planning.machines import hardware
 
 SIZES = sizes_for("cpu")
 SMALL = ((64, 96), (96, 64))
@@ -58,6 +61,24 @@ ONE_OF_EACH = [
 def node() -> Iterator[Node]:
     with Node([Place(), Place()], NodeOptions(memory=20 << 20, host_memory=20 << 20), [2]) as started:
         yield started
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1"])
+def test_a_profile_says_whether_sums_travel_in_parts(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "fit", lambda *_: hardware())
+    options = NodeOptions(memory=20 << 20, host_memory=20 << 20)
+    found = measuring.profile(
+        [Place(address=address)] * 2,
+        ["bfloat16"],
+        Box(name="here", memory=1 << 30),
+        options,
+        effort=Effort(seconds=0.001, passes=1),
+        progress=lambda *_: None,
+        tasks=[],
+    )
+    assert found == hardware(partial_sums=address is not None)
 
 
 def test_every_kind_of_task_takes_some_time(node: Node) -> None:

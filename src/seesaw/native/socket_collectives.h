@@ -167,13 +167,13 @@ class Collectives {
         *moved = add_up() || *moved;
         return complete() ? DONE : PENDING;
     }
-    int64_t computed(const Stretch& s) const {
+    int64_t computed_of(const Stretch& s) const {
         return s.bytes ? std::min(s.bytes, std::max<int64_t>(0, computed_ - s.data)) : 0;
     }
     // The first stretch going out as far as it is computed, and after it the second, which is our share, as far as it
     // is summed.
     int64_t sendable(const Exchange& e) const {
-        const int64_t first = computed(e.out[0]);
+        const int64_t first = computed_of(e.out[0]);
         return first < e.out[0].bytes ? first : first + std::min(e.out[1].bytes, sum_.done);
     }
     // A little at a time, so that what the peer gets is still in the caches when it reads it.
@@ -207,7 +207,7 @@ class Collectives {
     // sent, so that it must have left as well.
     bool add_up() {
         if (sum_.done == sum_.of.bytes) return false;
-        int64_t ready = computed(sum_.of);
+        int64_t ready = computed_of(sum_.of);
         for (const Exchange& e : exchanges_) {
             ready = std::min(ready, e.received);
             if (sum_.one_round) ready = std::min(ready, e.sent);
