@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seesaw.core.partial_sums import MOST_PARTS, PART_BYTES, left_of_sum, part_bounds
+from seesaw.core.partial_sums import MESSAGE_BYTES, MOST_PARTS, left_of_sum, part_bounds
 from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.profiling import Profile
 from seesaw.execution.tracing import RankTrace
@@ -25,14 +25,19 @@ from tests.transport.ranks import Setup, run_ranks
 @pytest.mark.parametrize("rows", [1, 3, 4, 8, 16, 100, 2048])
 @pytest.mark.parametrize("columns", [64, 96, 100, 288, 1024, 2048, 8192])
 @pytest.mark.parametrize("item", [2, 4])
-def test_parts_cover_all_columns_and_are_worth_a_message(rows: int, columns: int, item: int) -> None:
-    bounds = part_bounds(rows, columns, item)
+@pytest.mark.parametrize("members", [2, 3, 4, 8])
+def test_parts_cover_all_columns_and_are_worth_a_message(
+    rows: int, columns: int, item: int, members: int
+) -> None:
+    bounds = part_bounds(rows, columns, item, members)
     widths = [b - a for a, b in pairwise(bounds)]
     assert bounds[0] == 0 and sum(widths) == columns and all(width > 0 for width in widths)
     assert len(widths) <= MOST_PARTS
     if len(widths) > 1:
-        assert all(width % 64 == 0 and width * rows * item >= PART_BYTES for width in widths[:-1])
-    if rows * columns * item < 2 * PART_BYTES:
+        assert all(
+            width % 64 == 0 and 2 * width * rows * item >= members * MESSAGE_BYTES for width in widths[:-1]
+        )
+    if rows * columns * item < members * MESSAGE_BYTES:
         assert widths == [columns]
 
 
@@ -48,7 +53,7 @@ def test_what_is_left_of_a_sum() -> None:
 def test_in_parts_as_at_once(rows: int, dtype: torch.dtype, world: int) -> None:
     """Small whole numbers, whose sums are exact in any order."""
     columns, depth = 1000, 40
-    in_parts = len(part_bounds(rows, columns, dtype.itemsize)) > 2
+    in_parts = len(part_bounds(rows, columns, dtype.itemsize, world)) > 2
     assert in_parts == (rows > 5)
     made = torch.Generator().manual_seed(rows)
 
@@ -79,8 +84,11 @@ class _Slow:
 
     gather = broadcast = receive = all_reduce
 
-    def all_reduce_in_parts(self, x: Tensor, parts: Iterator[int], members: object) -> Tensor:
-        assert sum(parts) == x.numel()
+    def all_reduce_in_parts(
+        self, x: Tensor, counts: Sequence[int], compute: Callable[[int], object], members: object
+    ) -> Tensor:
+        for part in range(len(counts)):
+            compute(part)
         time.sleep(0.05)
         return x
 
@@ -88,9 +96,8 @@ class _Slow:
 class _Sleepy:
     """Half of a product at a time."""
 
-    def linear(self, x: Tensor, weight: Tensor) -> int:
+    def linear(self, x: Tensor, weight: Tensor) -> None:
         time.sleep(0.2)
-        return x.numel() // 2
 
 
 def test_a_profile_books_the_parts_to_what_computes_them(tmp_path: Path) -> None:
@@ -98,7 +105,7 @@ def test_a_profile_books_the_parts_to_what_computes_them(tmp_path: Path) -> None
     operators, x = profile.wrap(_Sleepy(), ("linear",)), torch.ones(4, 4)
     transport = profile.wrap(_Slow(), ("all_reduce_in_parts",))
     with profile.forward("decode", 4):
-        transport.all_reduce_in_parts(x, (operators.linear(x, x) for _ in range(2)), (0, 1))
+        transport.all_reduce_in_parts(x, [8, 8], lambda part: operators.linear(x, x), (0, 1))
     profile.write(tmp_path / "p.json")
     functions = json.loads((tmp_path / "p.json").read_text())["decode"]["functions"]
     assert functions["linear 4x4"]["calls"] == 2 and functions["linear 4x4"]["seconds"] >= 0.4
@@ -109,5 +116,5 @@ def test_a_trace_counts_the_exchange_alone() -> None:
     trace = RankTrace(0, lambda events: None)
     transport = trace.watch(_Slow())
     operators, x = _Sleepy(), torch.ones(4, 4)
-    transport.all_reduce_in_parts(x, (operators.linear(x, x) for _ in range(2)), (0, 1))
+    transport.all_reduce_in_parts(x, [8, 8], lambda part: operators.linear(x, x), (0, 1))
     assert 0.05 <= trace._exchanging < 0.2

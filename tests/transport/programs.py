@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
 
 import torch
@@ -130,19 +130,19 @@ def _collective(transport: Transport, rank: int, call: Call, ordered: bool) -> N
 
 
 def _all_reduce(transport: Transport, x: Tensor, call: Call, rank: int) -> Tensor:
-    """At once, or in parts where there is such a thing; which, and what parts, differs from member to member."""
-    chance = random.Random(call.number * 64 + rank)
+    """At once, or in parts where there is such a thing: all members the same, each at its own pace."""
+    chance, pace = random.Random(call.number), random.Random(call.number * 64 + rank)
     if not has_partial_sums(transport) or len(call.members) < 2 or not call.size or chance.random() < 0.3:
         return transport.all_reduce(x, call.members)
     computed = x.clone()
     x.fill_(-1)
+    counts = [0]
+    while sum(counts) < call.size:
+        counts.append(min(call.size - sum(counts), chance.randint(0, 1 + call.size // 2)))
 
-    def parts() -> Iterator[int]:
-        at = 0
-        while at < call.size:
-            count = min(call.size - at, chance.randint(0, 1 + call.size // 2))
-            x[at : at + count] = computed[at : at + count]
-            at += count
-            yield count
+    def compute(part: int) -> None:
+        time.sleep(pace.choice((0.0, 0.0, 0.0005)))
+        a = sum(counts[:part])
+        x[a : a + counts[part]] = computed[a : a + counts[part]]
 
-    return transport.all_reduce_in_parts(x, parts(), call.members)
+    return transport.all_reduce_in_parts(x, counts, compute, call.members)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,19 +33,18 @@ class TensorParallelGroup:
         Where the transport can, the sums of some columns travel while the next are computed.
         """
         rows, columns = len(x), len(weight)
-        bounds = part_bounds(rows, columns, x.element_size())
-        transport = self.transport
+        transport, members = self.transport, self.view.tp_ranks
+        bounds = part_bounds(rows, columns, x.element_size(), len(members))
         if len(bounds) == 2 or not has_partial_sums(transport):
             return self.all_reduce(operators.linear(x, weight, bias))
         sums = x.new_empty(rows * columns)
         parts = [sums[rows * a : rows * b].view(rows, b - a) for a, b in pairwise(bounds)]
 
-        def computed() -> Iterator[int]:
-            for (a, b), part in zip(pairwise(bounds), parts, strict=True):
-                operators.linear(x, weight[a:b], None if bias is None else bias[a:b], out=part)
-                yield part.numel()
+        def compute(i: int) -> None:
+            a, b = bounds[i], bounds[i + 1]
+            operators.linear(x, weight[a:b], None if bias is None else bias[a:b], out=parts[i])
 
-        transport.all_reduce_in_parts(sums, computed(), self.view.tp_ranks)
+        transport.all_reduce_in_parts(sums, [part.numel() for part in parts], compute, members)
         return torch.cat(parts, dim=1)
 
     def agree(self, mine: bool, device: torch.device) -> bool:

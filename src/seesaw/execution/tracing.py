@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -109,21 +109,17 @@ class RankTrace:
         """Without the time in which the parts are computed."""
         method = transport.all_reduce_in_parts
 
-        def call(x: Any, parts: Iterable[int], members: Members) -> Any:
-            computing, steps = 0.0, iter(parts)
+        def call(x: Any, counts: Sequence[int], compute: Callable[[int], object], members: Members) -> Any:
+            computing = 0.0
 
-            def computed() -> Iterator[int]:
+            def timed(part: int) -> None:
                 nonlocal computing
-                while True:
-                    started = time.monotonic()
-                    count = next(steps, None)
-                    computing += time.monotonic() - started
-                    if count is None:
-                        return
-                    yield count
+                started = time.monotonic()
+                compute(part)
+                computing += time.monotonic() - started
 
             started = time.monotonic()
-            result = method(x, computed(), members)
+            result = method(x, counts, timed, members)
             self._exchanging += time.monotonic() - started - computing
             return result
 

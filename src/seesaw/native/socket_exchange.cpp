@@ -14,7 +14,6 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -163,16 +162,8 @@ class Mesh {
     }
     // Header and body straight to the kernel; bytes taken, or -1 with `to.error` set.
     int64_t send_at_once(Direction& to, const char* x, int64_t bytes) {
-        const int64_t header = sizeof bytes;
-        iovec parts[2] = {{&bytes, (size_t)header}, {(void*)x, (size_t)bytes}};
-        msghdr message = {};
-        message.msg_iov = parts, message.msg_iovlen = bytes ? 2 : 1;
-        ssize_t n;
-        do n = sendmsg(to.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
-        while (n < 0 && errno == EINTR);
-        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) n = 0;
-        if (n < 0) to.error = errno == EPIPE || errno == ECONNRESET ? -1 : errno;
-        return n;
+        iovec parts[2] = {{&bytes, sizeof bytes}, {(void*)x, (size_t)bytes}};
+        return send_some(to.fd, parts, bytes ? 2 : 1, &to.error);
     }
     bool mismatch() const { return receiving_.at >= 0 && receiving_.found != receiving_.bytes; }
     // Where the next bytes of the message go, and how many.
@@ -197,9 +188,9 @@ class Mesh {
     int32_t receive_directly(Direction& from) {
         const int64_t end = now_ms() + PATIENCE_MS;
         while (wants_more()) {
-            const iovec to = wanted();
+            iovec to = wanted();
             if (from.ended) return failure.of(from.peer, from.error);
-            const int64_t n = receive_some(from.fd, (char*)to.iov_base, (int64_t)to.iov_len, &from.error);
+            const int64_t n = receive_some(from.fd, &to, 1, &from.error);
             if (n < 0) {
                 from.ended = true;
                 return failure.of(from.peer, from.error);
@@ -230,7 +221,8 @@ class Mesh {
     }
     void drain(Direction& to) {
         const Buffer& part = to.queue.front();
-        const int64_t n = send_some(to.fd, part.data.get() + part.begin, part.bytes(), &to.error);
+        iovec piece = {part.data.get() + part.begin, (size_t)part.bytes()};
+        const int64_t n = send_some(to.fd, &piece, 1, &to.error);
         if (n < 0) {
             to.queue.clear();
             to.queued = 0;
@@ -242,7 +234,8 @@ class Mesh {
     }
     void read_ahead(Direction& from) {
         Buffer& buffer = from.back_with_room();
-        const int64_t n = receive_some(from.fd, buffer.data.get() + buffer.end, buffer.room(), &from.error);
+        iovec piece = {buffer.data.get() + buffer.end, (size_t)buffer.room()};
+        const int64_t n = receive_some(from.fd, &piece, 1, &from.error);
         if (n < 0) from.ended = true;
         else buffer.end += n, from.queued += n;
         if (from.ended || from.queued >= limit_) arm(from, false);
@@ -271,12 +264,13 @@ int32_t seesaw_tcp_failed_error(void* mesh) { return ((Mesh*)mesh)->failure.erro
 int32_t seesaw_tcp_all_reduce(void* mesh, void* x, int64_t count, int32_t type, const int32_t* members, int32_t n) {
     return ((Mesh*)mesh)->collectives.all_reduce((char*)x, count, type, members, n);
 }
-// Begins a sum of which nothing is computed yet.
-void seesaw_tcp_begin_all_reduce(void* mesh, void* x, int64_t count, int32_t type, const int32_t* members, int32_t n) {
-    ((Mesh*)mesh)->collectives.begin_all_reduce((char*)x, count, type, members, n);
+// Begins a sum of which nothing is computed yet; its parts have `counts[i]` items.
+void seesaw_tcp_begin_all_reduce(void* mesh, void* x, const int64_t* counts, int32_t parts, int32_t type,
+                                 const int32_t* members, int32_t n) {
+    ((Mesh*)mesh)->collectives.begin_all_reduce((char*)x, counts, parts, type, members, n);
 }
-// `bytes` more are computed. PENDING: there is more to do, whether or not that was the last of them.
-int32_t seesaw_tcp_computed(void* mesh, int64_t bytes) { return ((Mesh*)mesh)->collectives.computed(bytes); }
+// The next part is computed. PENDING: there is more to do, whether or not that was the last of them.
+int32_t seesaw_tcp_computed(void* mesh) { return ((Mesh*)mesh)->collectives.computed(); }
 int32_t seesaw_tcp_gather(void* mesh, void* x, int64_t bytes, char* const* parts, const int32_t* members, int32_t n) {
     return ((Mesh*)mesh)->collectives.gather((char*)x, bytes, parts, members, n);
 }

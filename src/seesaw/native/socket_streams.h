@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <time.h>
 
 #include <algorithm>
@@ -85,24 +86,29 @@ struct Direction {
     }
 };
 
-// Bytes sent; 0 if the kernel takes none now; -1 with `error` set.
-inline int64_t send_some(int fd, const char* data, int64_t bytes, int* error) {
+// Bytes sent of `n` pieces in a row; 0 if the kernel takes none now; -1 with `error` set, -1 for a closed connection.
+inline int64_t send_some(int fd, iovec* pieces, int n, int* error) {
+    msghdr message = {};
+    message.msg_iov = pieces, message.msg_iovlen = (size_t)n;
     for (;;) {
-        const ssize_t n = ::send(fd, data, (size_t)bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
-        if (n >= 0) return n;
+        const ssize_t sent = ::sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (sent >= 0) return sent;
         if (errno == EAGAIN || errno == EWOULDBLOCK) return 0;
         if (errno == EINTR) continue;
-        *error = errno == EPIPE ? -1 : errno;
+        *error = errno == EPIPE || errno == ECONNRESET ? -1 : errno;
         return -1;
     }
 }
-inline int64_t receive_some(int fd, char* data, int64_t bytes, int* error) {
+// The same of bytes received.
+inline int64_t receive_some(int fd, iovec* pieces, int n, int* error) {
+    msghdr message = {};
+    message.msg_iov = pieces, message.msg_iovlen = (size_t)n;
     for (;;) {
-        const ssize_t n = ::recv(fd, data, (size_t)bytes, MSG_DONTWAIT);
-        if (n > 0) return n;
-        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return 0;
-        if (n < 0 && errno == EINTR) continue;
-        *error = n == 0 || errno == ECONNRESET ? -1 : errno;
+        const ssize_t received = ::recvmsg(fd, &message, MSG_DONTWAIT);
+        if (received > 0) return received;
+        if (received < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return 0;
+        if (received < 0 && errno == EINTR) continue;
+        *error = received == 0 || errno == ECONNRESET ? -1 : errno;
         return -1;
     }
 }

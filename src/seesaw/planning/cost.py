@@ -281,7 +281,7 @@ class LayoutCost:
         whole = self._all_reduce(rows)
         if not whole or not self.hardware.partial_sums:
             return 2 * whole
-        parts = len(part_bounds(rows, spec.hidden, self._activation_bytes)) - 1
+        parts = len(part_bounds(rows, spec.hidden, self._activation_bytes, tp)) - 1
         depths = (-(-spec.heads // tp) * spec.head_dim, -(-spec.ffn // tp))
         products = (self._product(_Product(depth, spec.hidden, bits), rows).seconds for depth in depths)
         return sum(left_of_sum(product, whole, parts) for product in products)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeGuard
 
 from torch import Tensor
@@ -65,12 +65,14 @@ class Transport(Protocol):
 class PartialSums(Protocol):
     """What transports have besides whose links are slow, and carry data while the ranks compute."""
 
-    def all_reduce_in_parts(self, x: Tensor, parts: Iterable[int], members: Members) -> Tensor:
-        """`all_reduce` of an `x` that is still to be computed: the same bits, of whatever parts.
+    def all_reduce_in_parts(
+        self, x: Tensor, counts: Sequence[int], compute: Callable[[int], object], members: Members
+    ) -> Tensor:
+        """`all_reduce` of an `x` that is still to be computed: the same bits, whatever the parts.
 
-        Each step of `parts` computes elements of `x`, in the order of its memory, and says how many; together all.
-        They travel while the next step computes. `parts` calls nothing of the transport, and members may differ in
-        their parts; `x` is not empty, nor are there fewer than two members.
+        Part i is the next `counts[i]` elements of `x` in the order of its memory; `compute(i)` computes it, and calls
+        nothing of the transport. Parts travel and are added up while the next ones are computed. `counts` are the
+        same on all members, of which there are two at least; `x` is not empty.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,8 +48,8 @@ def native_library() -> ctypes.CDLL | None:
         ("failed_peer", i32, pointer),
         ("failed_error", i32, pointer),
         ("all_reduce", i32, pointer, pointer, i64, i32, numbers, i32),
-        ("begin_all_reduce", None, pointer, pointer, i64, i32, numbers, i32),
-        ("computed", i32, pointer, i64),
+        ("begin_all_reduce", None, pointer, pointer, ctypes.POINTER(i64), i32, i32, numbers, i32),
+        ("computed", i32, pointer),
         ("gather", i32, pointer, pointer, i64, pointer, numbers, i32),
         ("broadcast", i32, pointer, pointer, i64, i32, numbers, i32),
         ("resume", i32, pointer),
@@ -121,19 +121,22 @@ class SocketTransport:
             self._finish(status, "an all-reduce")
         return x
 
-    def all_reduce_in_parts(self, x: Tensor, parts: Iterable[int], members: Members) -> Tensor:
+    def all_reduce_in_parts(
+        self, x: Tensor, counts: Sequence[int], compute: Callable[[int], object], members: Members
+    ) -> Tensor:
         """See `PartialSums.all_reduce_in_parts`."""
         assert x.is_contiguous() and self._rank in members and len(members) > 1, (x.stride(), members)
+        assert sum(counts) == x.numel(), (counts, x.shape)
+        numbers = (ctypes.c_int64 * len(counts))(*counts)
         self._library.seesaw_tcp_begin_all_reduce(
-            self._handle, x.data_ptr(), x.numel(), sum_type(x), member_array(members), len(members)
+            self._handle, x.data_ptr(), numbers, len(counts), sum_type(x), member_array(members), len(members)
         )
-        status, missing = PENDING, x.numel()
-        for count in parts:
-            missing -= count
-            status = self._library.seesaw_tcp_computed(self._handle, count * x.element_size())
+        status = PENDING
+        for part in range(len(counts)):
+            compute(part)
+            status = self._library.seesaw_tcp_computed(self._handle)
             if status != PENDING:
                 self._check(status, "an all-reduce")
-        assert missing == 0, (missing, x.shape)
         self._finish(status, "an all-reduce")
         return x
 
