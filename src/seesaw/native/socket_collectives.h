@@ -23,7 +23,7 @@
 
 namespace seesaw::tcp {
 
-constexpr int PIECES = 8;                 // stretches that a call of the kernel sends or receives
+constexpr int PIECES = 8;                // stretches that a call of the kernel sends or receives
 constexpr int64_t SUM_GRAIN = 16 << 10;  // sums wait for this much, but for the last piece of a share
 
 class Collectives {

@@ -86,7 +86,8 @@ struct Direction {
     }
 };
 
-// Bytes sent of `n` pieces in a row; 0 if the kernel takes none now; -1 with `error` set, -1 for a closed connection.
+// Bytes sent of `n` pieces in a row; 0 if the kernel takes none now; -1 with `error` set: a number, or -1 if the peer
+// has closed the connection.
 inline int64_t send_some(int fd, iovec* pieces, int n, int* error) {
     msghdr message = {};
     message.msg_iov = pieces, message.msg_iovlen = (size_t)n;
