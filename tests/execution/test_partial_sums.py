@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -18,7 +19,7 @@ from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.profiling import Profile
 from seesaw.execution.tracing import RankTrace
 from seesaw.ops.torch_ops import TorchOperators
-from seesaw.transport.base import Transport
+from seesaw.transport.base import Transport, has_partial_sums
 from tests.transport.ranks import Setup, run_ranks
 
 
@@ -71,6 +72,27 @@ def test_in_parts_as_at_once(rows: int, dtype: torch.dtype, world: int) -> None:
         group = TensorParallelGroup(view, transport)  # type: ignore[arg-type]
         found = group.linear(TorchOperators(), *parts[rank])
         assert found.is_contiguous() and torch.equal(found, total.to(dtype))
+
+    with Setup("tcp", world) as setup:
+        run_ranks(setup, body)
+
+
+def test_every_rank_adds_up_its_share_of_a_part_while_later_parts_are_computed() -> None:
+    world, part, each = 3, 6000, 2000
+    together = multiprocessing.get_context("fork").Barrier(world)
+
+    def body(transport: Transport, rank: int) -> None:
+        x = torch.zeros(4 * part)
+
+        def compute(i: int) -> None:
+            together.wait(30)  # all have sent what was computed before
+            if i == 3:
+                assert torch.equal(x[rank * each : (rank + 1) * each], torch.full((each,), 6.0))
+            x[i * part : (i + 1) * part] = rank + 1
+
+        assert has_partial_sums(transport)
+        transport.all_reduce_in_parts(x, [part] * 4, compute, tuple(range(world)))
+        assert torch.equal(x, torch.full((4 * part,), 6.0))
 
     with Setup("tcp", world) as setup:
         run_ranks(setup, body)
