@@ -164,12 +164,14 @@ def test_dense_models_of_one_type_have_the_engines_own_memory(name: str, data: s
     spec, dtype = AWKWARD[name], data.draw(st.sampled_from(types))
     world = data.draw(st.integers(1, 6))
     prefill, decode = (data.draw(st.sampled_from(usable(spec, world))) for _ in range(2))
-    head = head_weight_in_layers(spec)
+    begin, step = prefill_head_weight(spec), head_weight_in_layers(spec)
     if prefill == decode:
+        phases = 1 / (spec.layers + begin), 1 / (spec.layers + step)
+        head = (begin * phases[0] + step * phases[1]) / sum(phases)
         shardings = (make_sharding(spec, prefill, head_weight=head),) * 2
     else:
-        first = make_sharding(spec, prefill, head_weight=prefill_head_weight(spec))
-        shardings = first, assign_ranks(spec, first, make_sharding(spec, decode, head_weight=head))
+        first = make_sharding(spec, prefill, head_weight=begin)
+        shardings = first, assign_ranks(spec, first, make_sharding(spec, decode, head_weight=step))
     asked = limits(
         device_memory=data.draw(st.integers(10_000, 200_000)),
         host_kv=data.draw(st.sampled_from([1000, 100_000])),

@@ -13,15 +13,17 @@ from seesaw.core.layout import Layout, Plan
 from seesaw.core.moe import MoESpec
 from seesaw.planning.setup import Limits, set_up
 from seesaw.planning.shapes import PlannedModel, shape
-from seesaw.planning.shardings import phase_sharding, plan_shardings
+from seesaw.planning.shardings import Role, plan_shardings, sharding_for
 from seesaw.weights.sharding import make_sharding
 from seesaw.weights.stages import head_weight_in_layers, prefill_head_weight
 from tests.planning.machines import model
 from tests.weights.shapes import spec_of
 
+_USED: dict[str, Role] = {"P4": "both", "P4->P4": "both", "P4->P2T2": "prefill", "P2T2->P4": "decode"}
 
-def sizes(planned: PlannedModel, layout: str, *, prefill: bool = False) -> list[int]:
-    sharding = phase_sharding(planned, Layout.parse(layout), prefill=prefill)
+
+def sizes(planned: PlannedModel, layout: str, role: Role = "decode") -> list[int]:
+    sharding = sharding_for(planned, Layout.parse(layout), role)
     return [len(stage) for stage in sharding.stages]
 
 
@@ -30,21 +32,17 @@ def sizes(planned: PlannedModel, layout: str, *, prefill: bool = False) -> list[
 def test_dense_models_of_one_type_are_divided_as_the_engine_does(name: str, layout: str) -> None:
     planned, wanted = shape(name), Layout.parse(layout)
     head = head_weight_in_layers(planned.spec)
-    assert phase_sharding(planned, wanted, prefill=False) == make_sharding(
-        planned.spec, wanted, head_weight=head
-    )
+    assert sharding_for(planned, wanted, "decode") == make_sharding(planned.spec, wanted, head_weight=head)
     head = prefill_head_weight(planned.spec)
-    assert phase_sharding(planned, wanted, prefill=True) == make_sharding(
-        planned.spec, wanted, head_weight=head
-    )
+    assert sharding_for(planned, wanted, "prefill") == make_sharding(planned.spec, wanted, head_weight=head)
 
 
 def test_a_head_of_16_bits_weighs_more_beside_layers_of_4() -> None:
     # 128256 x 4096 against 218.1 million of a layer: 2.4 layers, or 9.3 where these have 4.16 bits.
     assert sizes(shape("Llama-3-8B"), "P4") == [9, 9, 8, 6]
     assert sizes(shape("Llama-3-8B", weights="int4"), "P4") == [11, 10, 10, 1]
-    assert sizes(shape("Llama-3-8B", weights="int4"), "P4", prefill=True) == sizes(
-        shape("Llama-3-8B"), "P4", prefill=True
+    assert sizes(shape("Llama-3-8B", weights="int4"), "P4", "prefill") == sizes(
+        shape("Llama-3-8B"), "P4", "prefill"
     )
 
 
@@ -55,7 +53,30 @@ def test_sparse_layers_weigh_all_experts_in_decode_and_those_a_token_passes_in_p
     moe = MoESpec(experts=16, experts_per_token=2, expert_ffn=32, sparse=(3, 4, 5))
     planned = PlannedModel(name="half sparse", spec=spec, moe=moe)
     assert sizes(planned, "P3") == [4, 1, 1]
-    assert sizes(planned, "P3", prefill=True) == [2, 2, 2]
+    assert sizes(planned, "P3", "prefill") == [2, 2, 2]
+
+
+def test_a_plan_that_never_reshards_is_divided_for_both_phases() -> None:
+    # Of Qwen3-4B's 36 layers the head weighs 3.9 more in decode, and nothing in prefill.
+    planned = shape("Qwen3-4B")
+    assert sizes(planned, "P4", "prefill") == [9, 9, 9, 9]
+    assert sizes(planned, "P4", "decode") == [10, 10, 10, 6]
+    assert sizes(planned, "P4", "both") == [10, 9, 9, 8]
+    for plan, used in _USED.items():
+        shardings = plan_shardings(planned, Plan.parse(plan))
+        stages = next(sharding.stages for sharding in shardings if sharding.layout.pp == 4)
+        assert [len(stage) for stage in stages] == sizes(planned, "P4", used)
+
+
+def test_both_phases_count_the_same_however_their_weights_are_measured() -> None:
+    # Decode reads 64 experts of a sparse layer and prefill passes two: shares of a phase are added, not weights.
+    spec = spec_of(layers=8, hidden=8, heads=2, kv_heads=2, head_dim=4, ffn=64, vocab=8)
+    moe = MoESpec(experts=64, experts_per_token=2, expert_ffn=32, sparse=(4, 5, 6, 7))
+    full = PlannedModel(name="half sparse", spec=spec, moe=moe)
+    assert sizes(full, "P3", "prefill") == [3, 2, 3]
+    assert sizes(full, "P3", "decode") == [5, 2, 1]
+    assert sizes(full, "P3", "both") == [4, 2, 2]
+    assert sizes(replace(full, weight_bits=8), "P3", "both") == [4, 2, 2]
 
 
 def test_stages_may_be_given() -> None:

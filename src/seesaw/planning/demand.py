@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from seesaw.core.layout import Layout
 from seesaw.planning.shapes import PlannedModel
-from seesaw.planning.shardings import Stages, footprint, phase_sharding
+from seesaw.planning.shardings import Stages, footprint, sharding_for
 from seesaw.weights.changes import Mode
 from seesaw.weights.sharding import Sharding, Share, shares
 
@@ -75,8 +75,8 @@ def bounds(model: PlannedModel, prefill: Layout, decode: Layout, stages: Stages 
     No tensor is the same under both but those that are not divided.
     """
     assert prefill.tp != decode.tp, "with the same degree, whole layers stay as they are"
-    first = phase_sharding(model, prefill, prefill=True, stages=stages[0] if stages else None)
-    second = phase_sharding(model, decode, prefill=False, stages=stages[1] if stages else None)
+    first = sharding_for(model, prefill, "prefill", stages[0] if stages else None)
+    second = sharding_for(model, decode, "decode", stages[1] if stages else None)
     old, new, weights = _extremes(model, first), _extremes(model, second), footprint(model)
     fewer, more = sorted((first, second), key=lambda sharding: sharding.layout.tp)
     degrees = fewer.layout.tp, more.layout.tp

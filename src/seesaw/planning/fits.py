@@ -17,7 +17,7 @@ from seesaw.planning.catalogue.names import MAX_RANKS
 from seesaw.planning.demand import Demand, distinct_demands
 from seesaw.planning.setup import Limits
 from seesaw.planning.shapes import WEIGHT_BITS, PlannedModel
-from seesaw.planning.shardings import phase_sharding
+from seesaw.planning.shardings import sharding_for
 from seesaw.weights.sharding import check_layout
 
 _NODES = (2, 4, *range(8, MAX_RANKS + 1, 8))
@@ -121,7 +121,7 @@ class _Question:
 
 
 def _ranks(model: PlannedModel, layout: Layout) -> tuple[Demand, ...]:
-    sharding = phase_sharding(model, layout, prefill=False)
+    sharding = sharding_for(model, layout, "both")
     return distinct_demands(model, (sharding, sharding))
 
 

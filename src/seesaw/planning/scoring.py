@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 from seesaw.core.errors import LayoutError
 from seesaw.core.hardware import HardwareSpec
@@ -17,7 +16,7 @@ from seesaw.planning.memory import TransitionMode, estimate_memory
 from seesaw.planning.pace import Pace
 from seesaw.planning.setup import Limits
 from seesaw.planning.shapes import PlannedModel
-from seesaw.planning.shardings import Stages, phase_sharding
+from seesaw.planning.shardings import Role, Stages, sharding_for
 from seesaw.planning.statistics import Statistics
 from seesaw.scheduling.config import TurnCosts
 from seesaw.weights.sharding import check_layout
@@ -28,7 +27,6 @@ STATIC_CHUNKS = (128, *CHUNKS)
 BATCHES = (64, 128, 256, 512, 1024)
 FORWARD_IN_TOKENS = 100
 """Simulating a Forward takes as long as so many tokens of sequences in it."""
-Role = Literal["prefill", "decode", "both"]
 Paces = tuple[Pace, Pace]
 """Of prefill and decode."""
 _SHIFT = 3
@@ -218,7 +216,7 @@ class Scorer:
 
     def _pace(self, layout: Layout, role: Role, stages: tuple[int, ...] | None = None) -> Pace:
         if stages is None:
-            sharding = phase_sharding(self.model, layout, prefill=role == "prefill")
+            sharding = sharding_for(self.model, layout, role)
             stages = tuple(len(stage) for stage in sharding.stages)
         key = layout, stages
         if key not in self._paces:

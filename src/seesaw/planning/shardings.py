@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
+from typing import Literal
 
 from seesaw.core.errors import LayoutError
 from seesaw.core.layout import Layout, Plan
@@ -16,6 +17,9 @@ from seesaw.weights.stages import prefill_head_weight, split_layers
 
 Stages = tuple[tuple[int, ...], tuple[int, ...]]
 """Layers of each pipeline stage of prefill and decode."""
+
+Role = Literal["prefill", "decode", "both"]
+"""The phases that a layout serves: both where the plan does not re-shard."""
 
 
 @lru_cache(maxsize=16)
@@ -29,40 +33,54 @@ def plan_shardings(
     model: PlannedModel, plan: Plan, stages: Stages | None = None
 ) -> tuple[Sharding, Sharding]:
     """Who holds what in each phase; ranks take the places that move least. `stages` goes before the balance of
-    `phase_sharding`. Raises `LayoutError`."""
+    `sharding_for`. Raises `LayoutError`."""
     if not plan.reshards:
         if stages and stages[0] != stages[1]:
             raise LayoutError(
                 f"plan {plan}: stages {stages[0]} and {stages[1]}: one layout for both phases has one division"
             )
-        both = phase_sharding(model, plan.decode, prefill=False, stages=stages[1] if stages else None)
+        both = sharding_for(model, plan.decode, "both", stages[1] if stages else None)
         return both, both
-    first = phase_sharding(model, plan.prefill, prefill=True, stages=stages[0] if stages else None)
-    second = phase_sharding(model, plan.decode, prefill=False, stages=stages[1] if stages else None)
+    first = sharding_for(model, plan.prefill, "prefill", stages[0] if stages else None)
+    second = sharding_for(model, plan.decode, "decode", stages[1] if stages else None)
     return first, assign_ranks(model.spec, first, second, model.moe, _units(model))
 
 
 @lru_cache(maxsize=4096)
-def phase_sharding(
-    model: PlannedModel, layout: Layout, *, prefill: bool, stages: tuple[int, ...] | None = None
+def sharding_for(
+    model: PlannedModel, layout: Layout, role: Role, stages: tuple[int, ...] | None = None
 ) -> Sharding:
-    """`layout` with ranks in order and, if `stages` does not say otherwise, its stages balanced for one phase.
+    """`layout` with ranks in order and, if `stages` does not say otherwise, its stages balanced for its role.
 
     Prefill goes by arithmetic: the LM head runs on one token of a prompt, and a token passes some experts. A step of
     decode reads all weights: the LM head weighs as much as the bits it is stored in, a sparse layer all its experts.
-    Raises `LayoutError`.
+    For both, the phases are taken to be equally long. Raises `LayoutError`.
     """
     check_layout(model.spec, layout, model.moe)
     if stages is not None:
         ranges = _ranges(layout, stages, model.spec.layers)
-    elif prefill:
-        weights = tuple(model.touched_in_layer(layer, 1) for layer in range(model.spec.layers))
-        ranges = split_layers(weights, layout.pp, prefill_head_weight(model.spec, weights[-1]))
     else:
-        weights = footprint(model).layer_bits()
-        head = model.spec.vocab * model.spec.hidden * model.other_bits / weights[-1]
-        ranges = split_layers(weights, layout.pp, head)
+        weights, end = _burden(model, role)
+        ranges = split_layers(weights, layout.pp, end)
     return make_sharding(model.spec, layout, stages=ranges, moe=model.moe)
+
+
+def _burden(model: PlannedModel, role: Role) -> tuple[tuple[float, ...], float]:
+    """What the layers weigh in a role, and the end of the model in last layers."""
+    if role == "prefill":
+        weights = tuple(model.touched_in_layer(layer, 1) for layer in range(model.spec.layers))
+        return weights, prefill_head_weight(model.spec, weights[-1])
+    if role == "decode":
+        bits = footprint(model).layer_bits()
+        return bits, model.spec.vocab * model.spec.hidden * model.other_bits / bits[-1]
+    phases = _burden(model, "prefill"), _burden(model, "decode")
+    whole = [sum(weights) + end * weights[-1] for weights, end in phases]
+    shares = [
+        [weight / total for weight in weights] for (weights, _), total in zip(phases, whole, strict=True)
+    ]
+    both = tuple(map(sum, zip(*shares, strict=True)))
+    ends = sum(end * share[-1] for (_, end), share in zip(phases, shares, strict=True))
+    return both, ends / both[-1]
 
 
 def _ranges(layout: Layout, stages: tuple[int, ...], layers: int) -> tuple[range, ...]:
