@@ -154,8 +154,8 @@ class Attention {
         }
     }
 
-    // LANES units of LANES keys.
-    void load_units(int64_t t, int64_t u, vu (&square)[LANES]) const {
+    // LANES units of LANES keys. Inline, as is `transpose`, or the square would go through memory.
+    __attribute__((always_inline)) void load_units(int64_t t, int64_t u, vu (&square)[LANES]) const {
         const int64_t whole = Pair ? a_.head_dim / 2 : a_.head_dim;
         const T* const* keys = rows_at_->k + t;
         if (prefetch_)
@@ -241,7 +241,7 @@ class Attention {
         const int64_t to = a_.window ? std::min(rows_, (last - position_ + 1) * group_) : rows_;
         if (from >= to) return;
         if (Pair && few_)
-            for (int64_t t = 0; t < columns; t += LANES) score<FEW_ROWS>(from, to - from, t);
+            score<FEW_ROWS>(from, to - from, columns);
         else
             product<Pair>(s_.q + from * units_, units_, s_.k, CHUNK, s_.scores + from * CHUNK, CHUNK, to - from,
                           columns, units_, false);
@@ -252,25 +252,40 @@ class Attention {
                       columns * steps / CHUNK, true);
     }
 
-    // What the first product does, in the same order, with LANES keys that go no further than registers.
+    // What the first product does, in the same order, with keys that go no further than the first-level cache. Few rows
+    // leave few sums for the keys of one square, each of which waits for the one before: several squares take turns.
     template <int ROWS>
-    void score(int64_t row, int64_t rows, int64_t t) {
+    void score(int64_t row, int64_t rows, int64_t columns) {
         if constexpr (ROWS > 1)
-            if (rows < ROWS) return score<ROWS - 1>(row, rows, t);
+            if (rows < ROWS) return score<ROWS - 1>(row, rows, columns);
+        constexpr int SQUARES = ROWS <= 2 ? 4 : ROWS <= 4 ? 2 : 1;
+        int64_t t = 0;
+        for (; t + SQUARES * LANES <= columns; t += SQUARES * LANES) score_keys<ROWS, SQUARES>(row, t);
+        for (; t < columns; t += LANES) score_keys<ROWS, 1>(row, t);
+    }
+
+    template <int ROWS, int SQUARES>
+    void score_keys(int64_t row, int64_t t) {
         const uint32_t* q = s_.q + row * units_;
         const int64_t units = units_;
-        vf sum[ROWS] = {};
+        vf sum[ROWS][SQUARES] = {};
         for (int64_t u = 0; u < units; u += LANES) {
-            vu square[LANES];
-            load_units(t, u, square);
-            transpose(square);
+            vu square[SQUARES][LANES];
+            for (int s = 0; s < SQUARES; ++s) {
+                load_units(t + s * LANES, u, square[s]);
+                transpose(square[s]);
+            }
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; ++i)
 #pragma GCC unroll 8
-                for (int r = 0; r < ROWS; ++r)
-                    sum[r] = multiply_add<Pair>(splat(q[r * units + u + i]), square[i], sum[r]);
+                for (int r = 0; r < ROWS; ++r) {
+                    const vu query = splat(q[r * units + u + i]);
+#pragma GCC unroll 4
+                    for (int s = 0; s < SQUARES; ++s) sum[r][s] = multiply_add<Pair>(query, square[s][i], sum[r][s]);
+                }
         }
-        for (int r = 0; r < ROWS; ++r) store(s_.scores + (row + r) * CHUNK + t, sum[r]);
+        for (int r = 0; r < ROWS; ++r)
+            for (int s = 0; s < SQUARES; ++s) store(s_.scores + (row + r) * CHUNK + t + s * LANES, sum[r][s]);
     }
 
     // What the second product does, in the same order, with V where it lies.

@@ -228,7 +228,7 @@ inline void store_some(typename S::T* p, vf v, int64_t n) {
 }
 
 // Transposes LANES rows of LANES 32-bit units in place.
-inline void transpose(vu (&r)[LANES]) {
+__attribute__((always_inline)) inline void transpose(vu (&r)[LANES]) {
 #if SEESAW_WIDE
     __m512i t[LANES], u[LANES];
     for (int i = 0; i < 16; i += 2) {
