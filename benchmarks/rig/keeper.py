@@ -55,9 +55,8 @@ class Keeper:
         self._namespaces = [_new_namespace() for _ in range(self._settings.ranks)]
         for rank in range(-1, self._settings.ranks):
             self._visit(rank)
-            for name, value in sysctls(rank).items():
-                with contextlib.suppress(OSError):  # a kernel without the part has nothing to be told
-                    Path("/proc/sys/net", name).write_text(value)
+            for name, values in sysctls(rank).items():
+                _tell_kernel(Path("/proc/sys/net", name), values)
         for step in steps(self._settings, [_descriptor(fd) for fd in self._namespaces]):
             self._visit(step.namespace)
             _carry_out(step)
@@ -123,6 +122,14 @@ def _new_namespace() -> int:
             f"cannot make a network namespace: {reason}; it needs root and a kernel with CONFIG_NET_NS"
         )
     return os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _tell_kernel(setting: Path, values: tuple[str, ...]) -> None:
+    """Set it to the first of `values` that the kernel takes; one without the part has nothing to be told."""
+    for value in values:
+        with contextlib.suppress(OSError):
+            setting.write_text(value)
+            return
 
 
 def _carry_out(step: Step) -> None:

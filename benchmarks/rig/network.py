@@ -51,20 +51,22 @@ def steps(settings: Settings, namespaces: list[str]) -> list[Step]:
     return found
 
 
-def sysctls(rank: int) -> dict[str, str]:
-    """Files under `/proc/sys/net` and their values, for a namespace (rank -1: the hub)."""
-    common = {
-        "ipv6/conf/all/disable_ipv6": "1",
-        "ipv6/conf/default/disable_ipv6": "1",
+def sysctls(rank: int) -> dict[str, tuple[str, ...]]:
+    """Files under `/proc/sys/net` and their values, the best first, for a namespace (rank -1: the hub)."""
+    common: dict[str, tuple[str, ...]] = {
+        "ipv6/conf/all/disable_ipv6": ("1",),
+        "ipv6/conf/default/disable_ipv6": ("1",),
     }
     if rank < 0:
-        return common | {"bridge/bridge-nf-call-iptables": "0", "bridge/bridge-nf-call-arptables": "0"}
+        return common | {"bridge/bridge-nf-call-iptables": ("0",), "bridge/bridge-nf-call-arptables": ("0",)}
+    windows = f"4096 {_WINDOW_BYTES // 4} {_WINDOW_BYTES}"
     return common | {
-        "ipv4/tcp_congestion_control": "cubic",
-        "ipv4/tcp_slow_start_after_idle": "0",
-        "ipv4/tcp_no_metrics_save": "1",
-        "ipv4/tcp_rmem": f"4096 {_WINDOW_BYTES // 4} {_WINDOW_BYTES}",
-        "ipv4/tcp_wmem": f"4096 {_WINDOW_BYTES // 4} {_WINDOW_BYTES}",
+        # a namespace may use what its host allows to all: always Reno, and often what the host itself uses
+        "ipv4/tcp_congestion_control": ("cubic", "reno"),
+        "ipv4/tcp_slow_start_after_idle": ("0",),
+        "ipv4/tcp_no_metrics_save": ("1",),
+        "ipv4/tcp_rmem": (windows,),
+        "ipv4/tcp_wmem": (windows,),
     }
 
 

@@ -138,6 +138,19 @@ def test_processes_enter_their_places(slow_rig: Rig) -> None:
                 assert str(pid) in Path(group, "cgroup.procs").read_text().split()
 
 
+def test_connections_do_not_follow_the_hosts_choice_of_congestion_control(slow_rig: Rig) -> None:
+    read = (
+        "import sys; from seesaw.core.node import Place; from seesaw.execution.placement import enter;"
+        "enter(Place(netns=sys.argv[1])); print(open('/proc/sys/net/ipv4/tcp_congestion_control').read())"
+    )
+    for place in slow_rig.node.ranks:
+        assert place.netns is not None
+        said = subprocess.run(
+            [sys.executable, "-c", read, place.netns], capture_output=True, text=True, check=True
+        )
+        assert said.stdout.strip() in ("cubic", "reno")
+
+
 def test_the_command_runs_outside_with_the_node_file() -> None:
     with running("readlink /proc/self/ns/net; exit 7", "--ranks", "2") as (process, traces):
         assert process.stdout is not None
