@@ -56,7 +56,7 @@ class Keeper:
         for rank in range(-1, self._settings.ranks):
             self._visit(rank)
             for name, values in sysctls(rank).items():
-                _tell_kernel(Path("/proc/sys/net", name), values)
+                tell_kernel(Path("/proc/sys/net", name), values)
         for step in steps(self._settings, [_descriptor(fd) for fd in self._namespaces]):
             self._visit(step.namespace)
             _carry_out(step)
@@ -124,7 +124,7 @@ def _new_namespace() -> int:
     return os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _tell_kernel(setting: Path, values: tuple[str, ...]) -> None:
+def tell_kernel(setting: Path, values: tuple[str, ...]) -> None:
     """Set it to the first of `values` that the kernel takes; one without the part has nothing to be told."""
     for value in values:
         with contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from seesaw.core.errors import MemoryBudgetError
+from seesaw.core.errors import LayoutError, MemoryBudgetError
 from seesaw.core.hardware import HardwareSpec
 from seesaw.core.layout import Layout, Plan
 from seesaw.planning.catalogue import hardware
@@ -21,7 +21,7 @@ from tests.weights.shapes import layouts
 
 def limits(node: HardwareSpec, **changes: Any) -> Limits:
     settings: dict[str, Any] = {"chunk": 256, "max_running": 64, "max_model_len": 2048, "host_kv": 64 << 30}
-    return Limits(device_memory=int(node.memory * 0.95), **(settings | changes))
+    return Limits(**({"device_memory": int(node.memory * 0.95)} | settings | changes))
 
 
 def fits(model: PlannedModel, node: HardwareSpec, **changes: Any) -> bool:
@@ -60,25 +60,36 @@ def test_what_is_offered_fits_and_nothing_smaller_does(model: str, node: str) ->
         assert fits(shape(model, weights=bits), has)
 
 
-def test_the_least_need_is_exact() -> None:
-    has = hardware("4xA10")
-    planned, asked = shape("Llama-2-70B"), limits(has)
-    text = str(nothing_fits(planned, has, asked))
-    assert "Llama-2-70B (128.5 GiB of weights)" in text and "(21.4 GiB each)" in text
+def check_least_need(planned: PlannedModel, has: HardwareSpec, text: str) -> None:
+    """What `text` says is needed is enough for the layout it names, and less is too little for all."""
     named = re.search(r"each\): (\w+) needs at least ([\d.]+) GiB a rank for sequences of 2048 tokens", text)
     assert named is not None
     needs = float(named[2]) * 2**30
-    plan = Plan(Layout.parse(named[1]), Layout.parse(named[1]), separate=False)
-    enough = Limits(
-        device_memory=int(needs * 1.003), host_kv=0, chunk=256, max_running=64, max_model_len=2048
-    )
-    assert set_up(planned, plan, "bfloat16", enough).memory.max_model_len == 2048
-    for layout in layouts(4):
-        less = Limits(
-            device_memory=int(needs * 0.997), host_kv=0, chunk=256, max_running=64, max_model_len=2048
-        )
-        with pytest.raises(MemoryBudgetError):
+    layout = Layout.parse(named[1])
+    enough = limits(has, device_memory=int(needs * 1.003), host_kv=0)
+    made = set_up(planned, Plan(layout, layout, separate=False), "bfloat16", enough)
+    assert made.memory.max_model_len == 2048
+    for layout in layouts(has.ranks):
+        if layout.tp > 1 and layout.tp not in has.all_reduce:
+            continue
+        less = limits(has, device_memory=int(needs * 0.997), host_kv=0)
+        with pytest.raises((MemoryBudgetError, LayoutError)):
             set_up(planned, Plan(layout, layout, separate=False), "bfloat16", less)
+
+
+def test_the_least_need_is_exact() -> None:
+    has, planned = hardware("4xA10"), shape("Llama-2-70B")
+    text = str(nothing_fits(planned, has, limits(has)))
+    assert "Llama-2-70B (128.5 GiB of weights)" in text and "(21.4 GiB each)" in text
+    check_least_need(planned, has, text)
+
+
+def test_the_least_need_of_a_pipeline_counts_its_own_stages() -> None:
+    # No sums among three are known here; the head and the embedding weigh as much as five of 32 layers.
+    has, planned = made_up(ranks=3, memory=1 << 30), shape("Llama-3-8B")
+    text = str(nothing_fits(planned, has, limits(has)))
+    assert "P3 needs at least" in text
+    check_least_need(planned, has, text)
 
 
 def test_long_sequences_may_be_what_is_too_much() -> None:

@@ -57,7 +57,7 @@ def test_sparse_layers_weigh_all_experts_in_decode_and_those_a_token_passes_in_p
 
 
 def test_a_plan_that_never_reshards_is_divided_for_both_phases() -> None:
-    # Of Qwen3-4B's 36 layers the head weighs 3.9 more in decode, and nothing in prefill.
+    # To Qwen3-4B's 36 layers the head adds 3.9 in decode; in prefill the end of the model takes most of one off.
     planned = shape("Qwen3-4B")
     assert sizes(planned, "P4", "prefill") == [9, 9, 9, 9]
     assert sizes(planned, "P4", "decode") == [10, 10, 10, 6]

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.rig import RigError, make_settings, parse_link
 from benchmarks.rig.cgroups import Hierarchy, RigGroups, find_hierarchy, groups_of, remove_stale
+from benchmarks.rig.keeper import tell_kernel
 from benchmarks.rig.network import address, steps, sysctls
 from benchmarks.rig.settings import Settings, deal_cores
 
@@ -129,6 +130,20 @@ def test_every_rank_knows_every_other() -> None:
 def test_windows_are_bounded_in_the_namespaces_of_ranks_only() -> None:
     assert "ipv4/tcp_rmem" in sysctls(0)
     assert "ipv4/tcp_rmem" not in sysctls(-1)
+
+
+def test_a_setting_that_the_kernel_refuses_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def write(path: Path, value: str) -> None:
+        tried.append(value)
+        if value == "cubic":
+            raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    tell_kernel(Path("/proc/sys/net/ipv4/tcp_congestion_control"), ("cubic", "reno", "vegas"))
+    tell_kernel(Path("/proc/sys/net/of/no/kernel"), ("cubic",))
+    assert tried == ["cubic", "reno", "cubic"]
 
 
 def test_the_hierarchy_with_the_cpu_controller_is_found(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ namespace seesaw {
 namespace {
 
 constexpr int64_t PREFETCH_ROWS = 32;   // with more rows the products take longer than memory does
-constexpr int64_t FEW_ROWS = 8;         // up to so many, keys and values go no further than registers
+constexpr int64_t FEW_ROWS = 8;         // up to so many, keys and values are taken as they lie in the pool
 constexpr float NOTHING_SEEN = -1e30f;  // finite, so that a difference to it is never NaN
 constexpr float SLACK = 8.0f;           // how far scores may exceed what weights are relative to, in powers of two
 
@@ -252,8 +252,8 @@ class Attention {
                       columns * steps / CHUNK, true);
     }
 
-    // What the first product does, in the same order, with keys that go no further than the first-level cache. Few rows
-    // leave few sums for the keys of one square, each of which waits for the one before: several squares take turns.
+    // What the first product does, in the same order, with keys that are not packed. Few rows leave few sums for the keys
+    // of one square, each of which waits for the one before: several squares take turns.
     template <int ROWS>
     void score(int64_t row, int64_t rows, int64_t columns) {
         if constexpr (ROWS > 1)
