@@ -125,7 +125,8 @@ def test_phases_cover_the_run(traced: Traced) -> None:
     assert sum(span.seconds for span in history) == pytest.approx(sum(traced.stats.wall_seconds.values()))
     forwards = [e for rank in (0, 1) for e in traced.spans(f"rank {rank}", "prefill", "decode")]
     assert spans[0]["ts"] <= min(e["ts"] for e in forwards)
-    assert spans[-1]["ts"] + spans[-1]["dur"] >= max(e["ts"] + e["dur"] for e in forwards)
+    # the run ends with the report of the rank that samples; another one may still be leaving its Forward
+    assert spans[-1]["ts"] + spans[-1]["dur"] >= max(e["ts"] for e in forwards)
 
 
 def test_bytes_are_those_of_the_statistics(traced: Traced) -> None:
