@@ -204,4 +204,5 @@ def _worker_config(
 
 
 def _message(sharding: Sharding) -> ShardingMessage:
-    return ShardingMessage(str(sharding.layout), [len(s) for s in sharding.stages], list(sharding.ranks))
+    stages = [len(stage) for stage in sharding.stages]
+    return ShardingMessage(str(sharding.layout), stages, list(sharding.ranks), list(sharding.carried))

@@ -20,9 +20,11 @@ from seesaw.weights.sharding import RankView, Sharding, rank_view
 _T = TypeVar("_T")
 
 
-def views(spec: ModelSpec, layout: Layout, stages: tuple[range, ...]) -> list[list[RankView]]:
+def views(
+    spec: ModelSpec, layout: Layout, stages: tuple[range, ...], carried: tuple[int, ...] = ()
+) -> list[list[RankView]]:
     """`views(...)[stage][tp]` of a layout with one replica, rank i at coordinate i."""
-    sharding = Sharding(layout, stages, tuple(range(layout.world)))
+    sharding = Sharding(layout, stages, tuple(range(layout.world)), carried)
     flat = [rank_view(spec, sharding, rank) for rank in range(layout.world)]
     return [flat[stage * layout.tp :][: layout.tp] for stage in range(layout.pp)]
 
@@ -37,18 +39,22 @@ def sliced(spec: ModelSpec, view: RankView, state: Mapping[str, Tensor]) -> dict
         weights["norm.weight"] = state["model.norm.weight"]
         if not (spec.tied_embeddings and view.first_stage):
             weights["head.weight"] = state["lm_head.weight"][vocab]
-    for layer in view.layers:
-        local = _layer(
-            spec, view, {k.split(".", 3)[3]: v for k, v in state.items() if f"layers.{layer}." in k}
-        )
-        weights.update({f"layers.{layer}.{name}": tensor for name, tensor in local.items()})
+    held = [(layer, view.ffn) for layer in view.layers]
+    held[-1] = held[-1][0], view.last_ffn or view.ffn
+    if view.carried:
+        held.insert(0, (view.layers.start - 1, view.carried))
+    for layer, ffn in held:
+        of_layer = {k.split(".", 3)[3]: v for k, v in state.items() if f"layers.{layer}." in k}
+        for name, tensor in _layer(spec, view, of_layer, ffn).items():
+            if layer in view.layers or name.startswith(("post_norm", "gate_up", "down.weight")):
+                weights[f"layers.{layer}.{name}"] = tensor
     return weights
 
 
-def _layer(spec: ModelSpec, view: RankView, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _layer(spec: ModelSpec, view: RankView, state: Mapping[str, Tensor], columns: range) -> dict[str, Tensor]:
     q = slice(view.q_heads.start * spec.head_dim, view.q_heads.stop * spec.head_dim)
     kv = slice(view.kv_heads.start * spec.head_dim, view.kv_heads.stop * spec.head_dim)
-    ffn = slice(view.ffn.start, view.ffn.stop)
+    ffn = slice(columns.start, columns.stop)
     weights = {
         "input_norm.weight": state["input_layernorm.weight"],
         "post_norm.weight": state["post_attention_layernorm.weight"],
@@ -144,10 +150,11 @@ def run_logits(
     layout: Layout | None = None,
     stages: tuple[range, ...] | None = None,
     sampled_rows: Tensor | None = None,
+    carried: tuple[int, ...] = (),
 ) -> Tensor:
     """Logits `[all tokens, vocab]` of packed sequences, computed under a layout (unsharded by default); with
     `sampled_rows`, of these packed rows only."""
-    grid = views(spec, layout or Layout(), stages or (range(spec.layers),))
+    grid = views(spec, layout or Layout(), stages or (range(spec.layers),), carried)
     lengths = [len(sequence) for sequence in sequences]
     tokens = torch.tensor([token for sequence in sequences for token in sequence])
     positions = torch.cat([torch.arange(n) for n in lengths])

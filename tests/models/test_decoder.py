@@ -95,6 +95,24 @@ def test_sharded_logits_equal_those_of_transformers(case: _Case, layout: str) ->
 
 
 @every_variant
+@pytest.mark.parametrize(
+    ("layout", "ends", "carried"),
+    [("P2", (3, 5), (0, 1)), ("P2T3", (4, 5), (0, 40)), ("P4", (1, 2, 4, 5), (0, 11, 47, 0))],
+)
+def test_stages_that_share_an_ffn_make_the_same_logits(
+    case: _Case, layout: str, ends: tuple[int, ...], carried: tuple[int, ...]
+) -> None:
+    """Also where a stage has one layer, and a part of the FFN before and of its own."""
+    stages = tuple(map(range, (0, *ends), ends))
+    rows = torch.tensor([3, 89, 90, 106])
+    for sampled in (None, rows):
+        logits = run_logits(
+            case.spec, case.state, case.sequences, Layout.parse(layout), stages, sampled, carried
+        )
+        _assert_same(logits, case.expected if sampled is None else case.expected[sampled])
+
+
+@every_variant
 @pytest.mark.parametrize("layout", ["T1", "P2T3"])
 @pytest.mark.parametrize("rows", [[3, 89, 90, 106], []], ids=["some", "none"])
 def test_the_last_layer_computes_sampled_rows_only(case: _Case, layout: str, rows: list[int]) -> None:
@@ -106,10 +124,10 @@ def test_the_last_layer_computes_sampled_rows_only(case: _Case, layout: str, row
 
 
 @every_variant
-@pytest.mark.parametrize("layout", ["T1", "P2T3"])
-def test_decoder_takes_what_sharding_provides(case: _Case, layout: str) -> None:
+@pytest.mark.parametrize(("layout", "carried"), [("T1", ()), ("P2T3", ()), ("P2T3", (0, 13))])
+def test_decoder_takes_what_sharding_provides(case: _Case, layout: str, carried: tuple[int, ...]) -> None:
     """Names and shapes of the device tensors are those of the weights cut by hand."""
-    sharding = make_sharding(case.spec, Layout.parse(layout))
+    sharding = make_sharding(case.spec, Layout.parse(layout), carried=carried)
     for rank in range(sharding.layout.world):
         weights = sliced(case.spec, rank_view(case.spec, sharding, rank), case.state)
         provided = {tensor.name: tensor.shape for tensor in device_tensors(case.spec, sharding, rank)}

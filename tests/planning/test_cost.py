@@ -74,6 +74,34 @@ def test_stages_share_layers() -> None:
     assert split.hand_over(4096) == pytest.approx(line(1e-5, 1e9)(4096 * 1024 * 2))
 
 
+def test_stages_share_an_ffn() -> None:
+    work = Work(tokens=4096, sampled=16, pairs=1e6)
+    whole, shared = (
+        LayoutCost(model(), hardware(), Layout.parse("P2"), [5, 3], carried=carried)
+        for carried in ((), (0.0, 0.25))
+    )
+    moved = 0.25 * 3 * 2816 * 1024
+    first, second = (whole.stage(i, work).arithmetic - shared.stage(i, work).arithmetic for i in (0, 1))
+    assert first == pytest.approx(2 * 4096 * moved / 1e12) and second == pytest.approx(-first)
+    assert whole.stage(0, work).attention == shared.stage(0, work).attention
+    assert shared.hand_over(64) == pytest.approx(line(1e-5, 1e9)(64 * 1024 * 4)), "twice as much"
+    three = LayoutCost(model(), hardware(), Layout.parse("P3"), [3, 3, 2], carried=(0.0, 0.25, 0.0))
+    mean = (line(1e-5, 1e9)(64 * 1024 * 4) + line(1e-5, 1e9)(64 * 1024 * 2)) / 2
+    assert three.hand_over(64) == pytest.approx(mean)
+    assert whole.kind(0) != shared.kind(0) and whole.kind(1) != shared.kind(1)
+
+
+def test_both_stages_that_share_an_ffn_sum_it_over_their_ranks() -> None:
+    work = Work(tokens=4096, sampled=16)
+    costs = [
+        LayoutCost(model(), hardware(), Layout.parse("P2T2"), [5, 3], carried=carried)
+        for carried in ((), (0.0, 0.25))
+    ]
+    whole, shared = ([cost.stage(i, work).all_reduce for i in (0, 1)] for cost in costs)
+    each = line(1e-5, 1e9 / 2)(4096 * 1024 * 2)
+    assert shared[0] == pytest.approx(whole[0]) and shared[1] == pytest.approx(whole[1] + each)
+
+
 def test_kv_heads_are_replicated_where_there_are_more_ranks() -> None:
     work = Work(tokens=8, sampled=8, keys=1e5)
     spec = {"kv_heads": 2}

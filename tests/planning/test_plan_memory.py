@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from seesaw.core.moe import MoESpec
 from seesaw.planning.memory import MemoryBudget, MemoryPlan, TransitionMode, estimate_memory, plan_memory
 from seesaw.planning.setup import Limits, set_up
 from seesaw.planning.shapes import PlannedModel, shape, stored_as
+from seesaw.planning.shardings import sharding_for
 from seesaw.weights.assignment import assign_ranks
 from seesaw.weights.sharding import (
     Sharding,
@@ -69,8 +71,8 @@ def test_fp8_and_int4_transitions_by_hand() -> None:
     matrices, norms, embedding = 4 * 8 * 8 + 3 * 8 * 16, 2 * 8, 32 * 8
     for bits in (8.0, 4.0):
         model = PlannedModel(name="two layers", spec=spec, weight_bits=bits)
-        setup = set_up(model, Plan.parse("P2->T2"), "bfloat16", limits(transition="resident"))
-        assert [len(stage) for stage in setup.shardings[0].stages] == [1, 1]
+        whole = partial(limits, stages=((1, 1), None))
+        setup = set_up(model, Plan.parse("P2->T2"), "bfloat16", whole(transition="resident"))
         first = matrices * bits / 8 + 2 * (norms + embedding)
         decode = matrices * bits / 8 + 2 * (2 * norms + embedding + 8)
         # The norms of the layer, and the last one on the rank that has it, stay where they are.
@@ -78,7 +80,7 @@ def test_fp8_and_int4_transitions_by_hand() -> None:
             first + decode - 2 * norms,
             first + 2 * 8 + decode - 2 * norms - 2 * 8,
         )
-        reload = set_up(model, Plan.parse("P2->T2"), "bfloat16", limits(transition="reload")).memory
+        reload = set_up(model, Plan.parse("P2->T2"), "bfloat16", whole(transition="reload")).memory
         assert reload.weights == (max(first, decode), max(first + 2 * 8, decode))
 
 
@@ -170,7 +172,7 @@ def test_dense_models_of_one_type_have_the_engines_own_memory(name: str, data: s
         head = (begin * phases[0] + step * phases[1]) / sum(phases)
         shardings = (make_sharding(spec, prefill, head_weight=head),) * 2
     else:
-        first = make_sharding(spec, prefill, head_weight=begin)
+        first = sharding_for(stored_as(spec, dtype, name), prefill, "prefill")
         shardings = first, assign_ranks(spec, first, make_sharding(spec, decode, head_weight=step))
     asked = limits(
         device_memory=data.draw(st.integers(10_000, 200_000)),

@@ -10,7 +10,7 @@ from seesaw.core.errors import LayoutError
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import ModelSpec, RopeSpec
 from seesaw.core.moe import MoESpec
-from seesaw.weights.sharding import check_layout
+from seesaw.weights.sharding import Sharding, check_layout, make_sharding
 
 
 def spec_of(**sizes: Any) -> ModelSpec:
@@ -72,6 +72,42 @@ def fits(spec: ModelSpec, layout: Layout, moe: MoESpec | None = None) -> bool:
     except LayoutError:
         return False
     return True
+
+
+def carrying(spec: ModelSpec, sharding: Sharding, moe: MoESpec | None = None) -> Sharding:
+    """`sharding` with an FFN shared at every border of stages where it can be, but one in three."""
+    tp = sharding.layout.tp
+    room = range(tp, spec.ffn - tp + 1)
+    carried = [
+        room[7 * stage % len(room)]
+        if room and stage % 3 and not (moe and layers.start - 1 in moe.sparse)
+        else 0
+        for stage, layers in enumerate(sharding.stages)
+    ]
+    return make_sharding(
+        spec,
+        sharding.layout,
+        stages=sharding.stages,
+        ranks=sharding.ranks,
+        carried=tuple(carried),
+        moe=moe,
+    )
+
+
+@st.composite
+def shardings(
+    draw: st.DrawFn, spec: ModelSpec, world: int, moe: MoESpec | None = None, most: float = 5
+) -> Sharding:
+    """Random ones of all layouts, ranks and divisions of layers and FFNs; the LM head weighs up to `most` layers."""
+    layout = draw(st.sampled_from(usable(spec, world, moe)))
+    ranks = tuple(draw(st.permutations(range(world))))
+    whole = make_sharding(spec, layout, head_weight=draw(st.floats(0, most)), ranks=ranks, moe=moe)
+    carried = [0]
+    for stage in whole.stages[1:]:
+        divisible = spec.ffn >= 2 * layout.tp and not (moe and stage.start - 1 in moe.sparse)
+        columns = st.just(0) | st.integers(layout.tp, spec.ffn - layout.tp) if divisible else st.just(0)
+        carried.append(draw(columns))
+    return make_sharding(spec, layout, stages=whole.stages, ranks=ranks, carried=tuple(carried), moe=moe)
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from seesaw.core.model_spec import ModelSpec
 from seesaw.weights.assignment import Units, assign_ranks, greatest_sum, kept_elements
 from seesaw.weights.footprint import Footprint
-from seesaw.weights.sharding import make_sharding
-from tests.weights.shapes import moes, specs, usable
+from tests.weights.shapes import moes, shardings, specs, usable
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 17])
@@ -39,10 +39,7 @@ def test_what_is_kept_is_what_is_not_fetched(spec: ModelSpec, data: st.DataObjec
     """Of quantised mixtures too: matrices of 8 bits, everything else of 16."""
     moe = data.draw(st.none() | moes(spec))
     world = data.draw(st.sampled_from([n for n in range(1, 9) if usable(spec, n, moe)]))
-    old, new = (
-        make_sharding(spec, data.draw(st.sampled_from(usable(spec, world, moe))), head_weight=head, moe=moe)
-        for head in (0.0, 1.7)
-    )
+    old, new = (replace(data.draw(shardings(spec, world, moe)), ranks=tuple(range(world))) for _ in range(2))
     footprint = Footprint(spec, moe, matrix_bits=8.0, other_bits=16.0)
     kept = kept_elements(spec, old, new, moe, Units(1, 2))
     changes = footprint.changes(old, new)

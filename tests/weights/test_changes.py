@@ -31,7 +31,7 @@ from seesaw.weights.sharding import (
     plan_peak_bytes,
     weight_bytes,
 )
-from tests.weights.shapes import AWKWARD, TINY, TINY_TIED, specs, usable
+from tests.weights.shapes import AWKWARD, TINY, TINY_TIED, carrying, shardings, specs, usable
 
 Ids = NDArray[np.int64]
 
@@ -101,6 +101,7 @@ def assert_exact_and_minimal(spec: ModelSpec, old: Sharding | None, new: Shardin
 @pytest.mark.parametrize("spec", [TINY, TINY_TIED], ids=["untied", "tied"])
 def test_copy_lists_are_exact_and_minimal(spec: ModelSpec, world: int) -> None:
     prefill = [make_sharding(spec, layout) for layout in usable(spec, world)]
+    prefill += [carrying(spec, sharding) for sharding in prefill if sharding.layout.pp > 1]
     decode = [
         make_sharding(spec, layout, head_weight=2.3, ranks=tuple(range(world))[::-1])
         for layout in usable(spec, world)
@@ -119,14 +120,8 @@ def test_copy_lists_are_exact_and_minimal(spec: ModelSpec, world: int) -> None:
 @given(spec=specs(), data=st.data())
 def test_copy_lists_of_random_models(spec: ModelSpec, data: st.DataObject) -> None:
     world = data.draw(st.sampled_from([n for n in range(1, 13) if usable(spec, n)]))
-    old, new = (draw_sharding(spec, world, data) for _ in range(2))
+    old, new = (data.draw(shardings(spec, world)) for _ in range(2))
     assert_exact_and_minimal(spec, old, new, data.draw(st.sampled_from(range(world))))
-
-
-def draw_sharding(spec: ModelSpec, world: int, data: st.DataObject) -> Sharding:
-    layout = data.draw(st.sampled_from(usable(spec, world)))
-    ranks = tuple(data.draw(st.permutations(range(world))))
-    return make_sharding(spec, layout, head_weight=data.draw(st.floats(0, 5)), ranks=ranks)
 
 
 def test_equal_tensors_stay_where_they_are() -> None:
@@ -152,7 +147,7 @@ def test_kept_elements_agree_with_the_copy_lists(name: str) -> None:
     for world in (2, 4, 6):
         for first in usable(spec, world):
             for second in usable(spec, world):
-                old = make_sharding(spec, first)
+                old = carrying(spec, make_sharding(spec, first))
                 new = make_sharding(spec, second, head_weight=1.7)
                 kept = kept_elements(spec, old, new)
                 for place in range(min(first.replica_ranks, second.replica_ranks)):
@@ -199,7 +194,7 @@ def staying(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 @given(spec=specs(), data=st.data())
 def test_assignment_never_moves_more_than_identity(spec: ModelSpec, data: st.DataObject) -> None:
     world = data.draw(st.sampled_from([n for n in range(1, 17) if usable(spec, n)]))
-    old, new = (draw_sharding(spec, world, data) for _ in range(2))
+    old, new = (data.draw(shardings(spec, world)) for _ in range(2))
     chosen = assign_ranks(spec, old, new)
     assert chosen == assign_ranks(spec, old, new)
     assert total_kept(spec, old, chosen) >= total_kept(spec, old, new)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from seesaw.core.layout import Layout
 from seesaw.core.model_spec import ModelSpec
-from seesaw.core.moe import MoESpec
 from seesaw.models.parameters import Parameter, edge_parameters, layer_parameters
 from seesaw.weights.changes import copy_list_between
 from seesaw.weights.footprint import Change, Footprint
@@ -24,7 +23,7 @@ from seesaw.weights.sharding import (
     plan_peak_bytes,
     weight_bytes,
 )
-from tests.weights.shapes import AWKWARD, moes, specs, usable
+from tests.weights.shapes import AWKWARD, carrying, moes, shardings, specs, usable
 
 BITS = [(16.0, 16.0), (32.0, 32.0), (8.0, 16.0), (4.15625, 16.0)]
 
@@ -65,18 +64,12 @@ def test_layers_that_are_alike_are_counted_once(
 ) -> None:
     moe = data.draw(st.none() | moes(spec))
     world = data.draw(st.sampled_from([n for n in range(1, 13) if usable(spec, n, moe)]))
-    old, new = (draw_sharding(spec, world, moe, data) for _ in range(2))
+    old, new = (data.draw(shardings(spec, world, moe)) for _ in range(2))
     footprint = Footprint(spec, moe, matrix_bits=bits[0], other_bits=bits[1])
     for start in (old, None):
         changes = footprint.changes(start, new)
         assert changes == tuple(tensor_by_tensor(footprint, start, new, rank) for rank in range(world))
     assert footprint.held(new) == tuple(change.after for change in footprint.changes(old, new))
-
-
-def draw_sharding(spec: ModelSpec, world: int, moe: MoESpec | None, data: st.DataObject) -> Sharding:
-    layout = data.draw(st.sampled_from(usable(spec, world, moe)))
-    ranks = tuple(data.draw(st.permutations(range(world))))
-    return make_sharding(spec, layout, head_weight=data.draw(st.floats(0, 5)), ranks=ranks, moe=moe)
 
 
 @pytest.mark.parametrize(("name", "dtype"), list(zip(AWKWARD, ["bfloat16", "float32"] * 3, strict=True)))
@@ -85,6 +78,7 @@ def test_of_one_type_they_are_the_engines_own(name: str, dtype: str) -> None:
     footprint = Footprint(spec, None, matrix_bits=bits, other_bits=bits)
     for first, second in combinations(usable(spec, 4), 2):
         old, new = make_sharding(spec, first), make_sharding(spec, second, ranks=(1, 2, 3, 0))
+        old = carrying(spec, old)
         for rank, change in enumerate(footprint.changes(old, new)[:2]):
             copies = copy_list(spec, old, new, rank)
             assert change.before == weight_bytes(spec, old, rank, dtype)
@@ -112,10 +106,11 @@ def test_ranks_that_come_and_go() -> None:
 def test_ranks_hold_the_model_once_beside_what_is_replicated(
     spec: ModelSpec, bits: tuple[float, float], data: st.DataObject
 ) -> None:
-    """Replicated are what is not divided, KV heads where ranks exceed them, and a tied embedding on two stages."""
+    """Replicated are what is not divided, KV heads where ranks exceed them, a tied embedding on two stages, and the
+    norm of an FFN that two stages share."""
     moe = data.draw(st.none() | moes(spec))
     world = data.draw(st.sampled_from([n for n in range(1, 13) if usable(spec, n, moe)]))
-    sharding = draw_sharding(spec, world, moe, data)
+    sharding = data.draw(shardings(spec, world, moe))
     footprint = Footprint(spec, moe, matrix_bits=bits[0], other_bits=bits[1])
     layout = sharding.layout
     total = 0.0
@@ -126,6 +121,7 @@ def test_ranks_hold_the_model_once_beside_what_is_replicated(
     for parameter in edge_parameters(spec):
         twice = 2 if spec.tied_embeddings and parameter.place == "embed" and layout.pp > 1 else 1
         total += parameter.size * bits[1] * copies_of(parameter, spec, layout) * twice
+    total += sum(map(bool, sharding.carried)) * spec.hidden * bits[1] * layout.tp
     held = sum(footprint.held(sharding))
     assert 0 <= held - layout.dp * total / 8 < world, "rounded up on each rank"
 

@@ -24,7 +24,7 @@ from seesaw.weights.sharding import (
     weight_bytes,
 )
 from seesaw.weights.store import TORCH_DTYPES, HostWeightStore
-from tests.weights.shapes import TINY, TINY_TIED, usable
+from tests.weights.shapes import TINY, TINY_TIED, carrying, usable
 
 MODES: tuple[Mode, ...] = ("resident", "delta", "reload")
 SPECS = {"untied": TINY, "tied": TINY_TIED}
@@ -70,7 +70,8 @@ def assert_holds(weights: RankWeights, spec: ModelSpec, sharding: Sharding, rank
 def pairs(spec: ModelSpec, world: int) -> Iterator[tuple[Sharding, Sharding]]:
     for first, second in product(usable(spec, world), repeat=2):
         ranks = tuple(range(world))
-        yield make_sharding(spec, first), make_sharding(spec, second, head_weight=1.3, ranks=(*ranks[1:], 0))
+        old = carrying(spec, make_sharding(spec, first))
+        yield old, make_sharding(spec, second, head_weight=1.3, ranks=(*ranks[1:], 0))
 
 
 @pytest.mark.parametrize("mode", MODES)

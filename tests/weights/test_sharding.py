@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from seesaw.core.errors import LayoutError
 from seesaw.core.layout import Coordinate, Layout
 from seesaw.core.model_spec import ModelSpec
+from seesaw.core.moe import MoESpec
 from seesaw.models.parameters import EMBEDDING, Parameter, parameter_count, parameters
 from seesaw.weights.sharding import (
     Interval,
@@ -28,7 +29,7 @@ from seesaw.weights.sharding import (
     split_stages,
     weight_bytes,
 )
-from tests.weights.shapes import AWKWARD, layouts, spec_of, specs, usable
+from tests.weights.shapes import AWKWARD, carrying, layouts, shardings, spec_of, specs, usable
 
 
 def assert_tiles(spec: ModelSpec, sharding: Sharding) -> None:
@@ -48,6 +49,9 @@ def assert_tiles(spec: ModelSpec, sharding: Sharding) -> None:
             held = holders[parameter.name]
             stages = {views[rank].coordinate.pp for rank, _ in held}
             assert stages == expected_stages(spec, sharding, parameter)
+            if parameter.split and parameter.split.axis == "ffn" and len(stages) == 2:
+                assert_boxes_tile(parameter, [box for _, box in held], 2 * layout.tp)
+                continue
             for stage in stages:
                 here = [(rank, box) for rank, box in held if views[rank].coordinate.pp == stage]
                 assert len(here) == layout.tp
@@ -59,7 +63,12 @@ def assert_tiles(spec: ModelSpec, sharding: Sharding) -> None:
 def expected_stages(spec: ModelSpec, sharding: Sharding, parameter: Parameter) -> set[int]:
     last = sharding.layout.pp - 1
     if parameter.layer is not None:
-        return {stage for stage, layers in enumerate(sharding.stages) if parameter.layer in layers}
+        (stage,) = (stage for stage, layers in enumerate(sharding.stages) if parameter.layer in layers)
+        carried = *(sharding.carried or (0,) * (last + 1)), 0
+        shared = carried[stage + 1] and parameter.layer == sharding.stages[stage][-1]
+        needed = ("post_attention_layernorm.weight", "gate_proj.weight", "gate_proj.bias", "up_proj.weight")
+        needed = (*needed, "up_proj.bias", "down_proj.weight")
+        return {stage, stage + 1} if shared and parameter.name.endswith(needed) else {stage}
     if parameter.name == EMBEDDING:
         return {0, last} if spec.tied_embeddings else {0}
     return {last}
@@ -114,8 +123,9 @@ def test_shards_tile_every_parameter_under_every_layout(name: str) -> None:
     for world in range(1, 17):
         for layout in usable(spec, world):
             sharding = make_sharding(spec, layout, head_weight=head_weight_in_layers(spec))
-            assert_tiles(spec, sharding)
-            assert_heads_fit(spec, sharding)
+            for divided in (sharding, carrying(spec, sharding)):
+                assert_tiles(spec, divided)
+                assert_heads_fit(spec, divided)
             tried += 1
     assert tried >= 30
 
@@ -129,8 +139,7 @@ def test_shards_tile_random_models(spec: ModelSpec, data: st.DataObject) -> None
         with pytest.raises(LayoutError, match=str(layout)):
             make_sharding(spec, layout)
         return
-    ranks = tuple(data.draw(st.permutations(range(world))))
-    sharding = make_sharding(spec, layout, head_weight=data.draw(st.floats(0, 9)), ranks=ranks)
+    sharding = data.draw(shardings(spec, world, most=9))
     assert_tiles(spec, sharding)
     assert_heads_fit(spec, sharding)
 
@@ -209,6 +218,26 @@ def test_rank_view_names_the_right_neighbours() -> None:
     assert (ends[1].last_stage, ends[1].next_rank) == (True, None)
 
 
+def test_stages_that_share_an_ffn_by_hand() -> None:
+    spec = spec_of(layers=4, ffn=10, mlp_bias=True)
+    sharding = make_sharding(spec, Layout.parse("P3T2"), carried=(0, 4, 0))
+    assert sharding.stages == (range(2), range(2, 3), range(3, 4))
+    first, second = (rank_view(spec, sharding, rank) for rank in (1, 3))
+    assert first.last_ffn == range(3, 6) and first.carried == range(0) and first.ffn == range(5, 10)
+    assert second.carried == range(8, 10) and second.last_ffn is None
+    assert rank_view(spec, sharding, 5).carried == range(0), "what the second stage has is whole"
+    held = [{t.name: t for t in device_tensors(spec, sharding, rank)} for rank in (1, 3)]
+    of_shared = [{name for name in tensors if ".1." in name} for tensors in held]
+    assert of_shared[1] == {
+        f"layers.1.{name}" for name in ("post_norm.weight", "gate_up.weight", "gate_up.bias", "down.weight")
+    }
+    assert of_shared[0] > of_shared[1] and "layers.1.down.bias" in of_shared[0]
+    assert held[1]["layers.1.gate_up.weight"].shape == (2 * 2, 6)
+    assert held[1]["layers.1.down.weight"].parts[0].shard.region == ((0, 6), (8, 10))
+    whole = make_sharding(spec, Layout.parse("P3T2"), carried=(0, 0, 0))
+    assert whole == make_sharding(spec, Layout.parse("P3T2")), "nothing shared is said in one way"
+
+
 @pytest.mark.parametrize("head_weight", [-0.9, -0.4, 0.0, 0.4, 1.0, 2.5, 3.0, 50.0])
 @pytest.mark.parametrize("layers", [1, 2, 5, 9])
 def test_stages_are_optimal(layers: int, head_weight: float) -> None:
@@ -269,6 +298,14 @@ def test_layouts_that_do_not_fit_are_refused(
         ({"stages": (range(5),)}, "2 contiguous"),
         ({"ranks": (0, 0)}, "2 different ranks"),
         ({"ranks": (0, 1, 2)}, "2 different ranks"),
+        ({"carried": (0,)}, "one number for each of 2 stages"),
+        ({"carried": (3, 3)}, "0 for the first"),
+        ({"carried": (0, 37)}, "37 of 37 FFN columns"),
+        ({"carried": (0, -1)}, "-1 of 37 FFN columns"),
+        (
+            {"carried": (0, 3), "moe": MoESpec(experts=2, experts_per_token=1, expert_ffn=8, sparse=(2,))},
+            "layer 2 is sparse",
+        ),
         ({"head_weight": -1.0}, "-1.0"),
         ({"head_weight": float("nan")}, "nan"),
     ],

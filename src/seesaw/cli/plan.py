@@ -168,7 +168,7 @@ def _settings(candidate: Candidate) -> dict[str, str]:
     if limits.micro_batches is not None:
         settings["micro_batches"] = str(limits.micro_batches)
     if limits.stages is not None:
-        settings["stages"] = str(limits.stages)
+        settings["stages"] = str(tuple(tuple(map(len, sharding.stages)) for sharding in setup.shardings))
     return settings
 
 

@@ -105,11 +105,12 @@ class PipelineLinks:
         self.transport.send(hidden, self.view.next_rank, HIDDEN)
 
     def receive_hidden(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Hidden states `[rows, width]` from the previous stage."""
-        return self.fill_hidden(torch.empty(rows, width, dtype=dtype, device=self.device))
+        """Hidden states `[rows, width]` from the previous stage; `[2, rows, width]` if an FFN is shared with it."""
+        shape = (2, rows, width) if self.view.carried else (rows, width)
+        return self.fill_hidden(torch.empty(shape, dtype=dtype, device=self.device))
 
     def fill_hidden(self, hidden: Tensor) -> Tensor:
-        """Hidden states from the previous stage, into `hidden` `[rows, width]`."""
+        """Hidden states from the previous stage, into `hidden`."""
         assert self.view.previous_rank is not None
         return self.transport.receive(hidden, self.view.previous_rank, HIDDEN)
 

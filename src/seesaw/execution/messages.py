@@ -16,6 +16,7 @@ class ShardingMessage(msgspec.Struct, array_like=True, frozen=True):
     layout: str
     stage_layers: list[int]
     ranks: list[int]
+    carried: list[int]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -73,7 +73,7 @@ def sharding_of(message: ShardingMessage) -> Sharding:
     """The sharding that a message describes."""
     starts = [sum(message.stage_layers[:i]) for i in range(len(message.stage_layers))]
     stages = tuple(range(a, a + n) for a, n in zip(starts, message.stage_layers, strict=True))
-    return Sharding(Layout.parse(message.layout), stages, tuple(message.ranks))
+    return Sharding(Layout.parse(message.layout), stages, tuple(message.ranks), tuple(message.carried))
 
 
 class Worker:

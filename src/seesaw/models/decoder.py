@@ -52,11 +52,7 @@ class _Layer(NamedTuple):
     k_norm: Tensor | None
     o: Tensor
     o_bias: Tensor | None
-    post_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    ffn: _FeedForward
 
     def head_norms(self, q_heads: int, eps: float) -> HeadNorms | None:
         """The norms of heads of which the first `q_heads` are queries, the others keys."""
@@ -65,8 +61,21 @@ class _Layer(NamedTuple):
         return HeadNorms(self.q_norm, self.k_norm, q_heads, eps)
 
 
+class _FeedForward(NamedTuple):
+    """The tensors of a layer's FFN, or of some columns of it."""
+
+    norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
 class Decoder:
     """One rank's part of the model: its stage's layers, and of each its heads, FFN columns, vocabulary rows.
+
+    Where two stages share a layer's FFN (`weights.sharding.Sharding.carried`), what passes between them is
+    `[2, N, hidden]`: the hidden states that the FFN is added to, and the sum over the columns of the first of them.
 
     `weights` maps device tensor names (global layer numbers) to tensors, which the decoder reads but neither
     copies nor owns: their contents may be filled in later, and after a re-shard one makes a new `Decoder`,
@@ -89,6 +98,7 @@ class Decoder:
         self._parallel = parallel if len(view.tp_ranks) > 1 else None
         self._q_heads, self._kv_heads = len(view.q_heads), len(view.kv_heads)
         self._layers = [(layer, self._layer(weights, layer)) for layer in view.layers]
+        self._carried = self._carried_ffn(weights)
         self._embedding = weights["embed.weight"] if view.first_stage else None
         self._norm = weights["norm.weight"] if view.last_stage else None
         self._head: Tensor | None = None
@@ -119,7 +129,8 @@ class Decoder:
     ) -> Tensor:
         """Run this stage's layers.
 
-        `hidden` is `[N, hidden]` and is changed in place; the result is whole on every rank. `positions` (`[N]`,
+        `hidden` is `[N, hidden]` and is changed in place; the result is whole on every rank. Either is
+        `[2, N, hidden]` where the FFN of a layer is shared with the stage before or behind. `positions` (`[N]`,
         int64) counts tokens from the start of each sequence. `before_layer(layer)` is called with the global number
         of each layer before its first operator, `after_attention(layer)` once its K and V are in the pool.
 
@@ -129,6 +140,11 @@ class Decoder:
         with torch.inference_mode():
             turn = rotation(self._spec.rope, self._spec.head_dim, positions)
             delta = None
+            if self._carried is not None:
+                if before_layer is not None:
+                    before_layer(self._view.layers.start - 1)
+                hidden, delta = hidden[0], hidden[1]
+                delta.add_(self._mlp(self._carried, self._add_norm(hidden, None, self._carried.norm)))
             for number, layer in self._layers:
                 if before_layer is not None:
                     before_layer(number)
@@ -142,8 +158,9 @@ class Decoder:
                     if not len(rows):
                         return hidden
                 attended = self._summed(mixed, layer.o, layer.o_bias)
-                delta = self._mlp(layer, self._add_norm(hidden, attended, layer.post_norm))
-            return hidden if delta is None else hidden.add_(delta)
+                delta = self._mlp(layer.ffn, self._add_norm(hidden, attended, layer.ffn.norm))
+            assert delta is not None, "a stage has layers"
+            return hidden.add_(delta) if self._view.last_ffn is None else torch.stack((hidden, delta))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[M, vocab_local]` of the rows `[M, hidden]` at which a token is sampled. Last stage only.
@@ -168,17 +185,30 @@ class Decoder:
             k_norm=tensor("k_norm.weight") if spec.qk_norm else None,
             o=tensor("o.weight"),
             o_bias=tensor("o.bias") if spec.output_bias and first else None,
-            post_norm=tensor("post_norm.weight"),
-            gate_up=tensor("gate_up.weight"),
-            gate_up_bias=tensor("gate_up.bias") if spec.mlp_bias else None,
-            down=tensor("down.weight"),
-            down_bias=tensor("down.bias") if spec.mlp_bias and first else None,
+            ffn=self._feed_forward(weights, number, biased=spec.mlp_bias and first),
         )
         assert layer.qkv.shape[0] == (self._q_heads + 2 * self._kv_heads) * spec.head_dim, layer.qkv.shape
-        assert layer.gate_up.shape[0] == 2 * layer.down.shape[1] == 2 * len(self._view.ffn), (
-            layer.gate_up.shape
-        )
+        divided = self._view.last_ffn is not None and number == self._view.layers[-1]
+        width = len(self._view.last_ffn if divided and self._view.last_ffn else self._view.ffn)
+        assert layer.ffn.gate_up.shape[0] == 2 * layer.ffn.down.shape[1] == 2 * width, layer.ffn.gate_up.shape
         return layer
+
+    def _feed_forward(self, weights: Mapping[str, Tensor], number: int, *, biased: bool) -> _FeedForward:
+        """With the bias of its result if it is `biased`."""
+        layer = f"layers.{number}."
+        return _FeedForward(
+            norm=weights[layer + "post_norm.weight"],
+            gate_up=weights[layer + "gate_up.weight"],
+            gate_up_bias=weights[layer + "gate_up.bias"] if self._spec.mlp_bias else None,
+            down=weights[layer + "down.weight"],
+            down_bias=weights[layer + "down.bias"] if biased else None,
+        )
+
+    def _carried_ffn(self, weights: Mapping[str, Tensor]) -> _FeedForward | None:
+        """Columns of the FFN of the layer before the stage's first, whose other columns the stage before has."""
+        if not self._view.carried:
+            return None
+        return self._feed_forward(weights, self._view.layers.start - 1, biased=False)
 
     def _add_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
         """Add `delta` to `hidden` in place, and return the norm of the sum."""
@@ -227,6 +257,6 @@ class Decoder:
         head_dim = self._spec.head_dim
         return packed.view(len(packed), packed.shape[1] // head_dim, head_dim)
 
-    def _mlp(self, layer: _Layer, normed: Tensor) -> Tensor:
-        mixed = self._ops.silu_mul(self._ops.linear(normed, layer.gate_up, layer.gate_up_bias))
-        return self._summed(mixed, layer.down, layer.down_bias)
+    def _mlp(self, ffn: _FeedForward, normed: Tensor) -> Tensor:
+        mixed = self._ops.silu_mul(self._ops.linear(normed, ffn.gate_up, ffn.gate_up_bias))
+        return self._summed(mixed, ffn.down, ffn.down_bias)

@@ -113,6 +113,9 @@ class LayoutCost:
     stages: Sequence[int]
     dtype: str = "bfloat16"
     """Type that products are computed in; activations have it too."""
+    carried: Sequence[float] = ()
+    """Of each stage, which share of the FFN before its first layer it computes instead of the stage before; empty
+    where no layer is divided."""
     _rows: dict[tuple[int, int, int], Cost] = field(default_factory=dict)
     """What depends on rows alone, by stage, tokens and sampled sequences: steps repeat themselves."""
     _curves: TypeCurves = field(init=False)
@@ -173,8 +176,18 @@ class LayoutCost:
         return (self.stages[index] - 1) * layer + last
 
     def hand_over(self, tokens: int) -> float:
-        """Seconds from one stage's end of a Forward until the next one has its activations."""
-        return self.hardware.send(tokens * self.model.spec.hidden * self._activation_bytes)
+        """Seconds from one stage's end of a Forward until the next one has its activations: the mean over all borders
+        of stages, as twice as much passes one within a layer."""
+        size = tokens * self.model.spec.hidden * self._activation_bytes
+        once, divided = self.hardware.send(size), sum(share > 0 for share in self.carried)
+        if not divided:
+            return once
+        return once + (self.hardware.send(2 * size) - once) * divided / (len(self.stages) - 1)
+
+    def kind(self, index: int) -> tuple[int, bool, bool, float, float]:
+        """Of stage `index`; stages of one kind cost the same."""
+        summed, last = self.layout.tp > 1, self._is_last(index)
+        return self.stages[index], summed and index == 0, last, self._carried(index), self._carried(index + 1)
 
     # ---- parts --------------------------------------------------------------------------------------------
 
@@ -187,6 +200,9 @@ class LayoutCost:
     def _activation_bytes(self) -> int:
         return 4 if self.dtype == "float32" else 2
 
+    def _carried(self, index: int) -> float:
+        return self.carried[index] if index < len(self.carried) else 0.0
+
     def _is_last(self, index: int) -> bool:
         return index == self.layout.pp - 1
 
@@ -198,8 +214,11 @@ class LayoutCost:
             total += self._layer(tokens, sampled)
         if last and sampled:
             total += self._product(_Product(spec.hidden, -(-spec.vocab // tp), self._head_bits), sampled)
+        carried, left = self._carried(index), self._carried(index + 1)
+        if carried or left:
+            total += self._feed_forward_block(tokens).times(carried - left)
         waiting = self._waiting(total.seconds / (2 * self.stages[index])) * total.seconds
-        sums = (self.stages[index] - last) * self._sums(tokens)
+        sums = (self.stages[index] - last + 0.5 * (carried > 0)) * self._sums(tokens)
         if index == 0:
             sums += self._all_reduce(tokens)  # of the embedding
         if last:
@@ -221,12 +240,18 @@ class LayoutCost:
             total = self._product(_Product(spec.hidden, 2 * kv, bits), tokens)
             total += self._product(_Product(spec.hidden, heads, bits), rows)
         total += self._product(_Product(heads, spec.hidden, bits), rows)
-        total += self._feed_forward(rows)
-        width = 8 * spec.hidden + 3 * (heads + 2 * kv)
-        moved = rows * (width + 3 * -(-spec.ffn // tp)) * self._activation_bytes
         overhead = _SMALL_OPERATORS * self.hardware.operator_overhead
+        total += self._feed_forward_block(rows) + Cost(overhead=overhead)
+        return total + self._moved(rows * (8 * spec.hidden + 3 * (heads + 2 * kv)))
+
+    def _feed_forward_block(self, rows: int) -> Cost:
+        """A layer's FFN with what is read and written between its products."""
+        width = -(-self.model.spec.ffn // self.layout.tp)
+        return self._feed_forward(rows) + self._moved(rows * 3 * width)
+
+    def _moved(self, elements: int) -> Cost:
         bandwidth = self.hardware.activation_bandwidth or self.hardware.bandwidth
-        return total + Cost(activations=moved / bandwidth, overhead=overhead)
+        return Cost(activations=elements * self._activation_bytes / bandwidth)
 
     def _feed_forward(self, rows: int) -> Cost:
         spec, moe, tp = self.model.spec, self.model.moe, self.layout.tp

@@ -82,7 +82,8 @@ def bounds(model: PlannedModel, prefill: Layout, decode: Layout, stages: Stages 
     degrees = fewer.layout.tp, more.layout.tp
     larger = max(old.most[0], new.most[0])
     both = max(old.most[0] + new.least[0], old.least[0] + new.most[0]) - weights.undivided(*degrees)
-    excess = weights.excess(*degrees, min(map(len, fewer.stages)))
+    whole = min(map(len, fewer.stages)) - any(fewer.carried)
+    excess = weights.excess(*degrees, whole)
     most = old.most[0] + new.most[0], larger + excess, larger
     return Bounds(
         least=Demand((both, larger, larger), *zip(old.least[1:], new.least[1:], strict=True)),

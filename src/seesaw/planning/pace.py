@@ -19,7 +19,8 @@ from seesaw.planning.statistics import Statistics, Survival
 
 @dataclass(slots=True, eq=False)
 class Pace:
-    """Of all replicas of `layout` with these stages (numbers of layers). Rates are of the node."""
+    """Of all replicas of `layout` with these stages (numbers of layers; `carried` as in `LayoutCost`). Rates are of
+    the node."""
 
     model: PlannedModel
     hardware: HardwareSpec
@@ -27,11 +28,12 @@ class Pace:
     stages: Sequence[int]
     dtype: str
     of: Statistics
+    carried: Sequence[float] = ()
     _cost: LayoutCost = field(init=False)
     _forwards: dict[tuple[int, int, int], Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._cost = LayoutCost(self.model, self.hardware, self.layout, self.stages, self.dtype)
+        self._cost = LayoutCost(self.model, self.hardware, self.layout, self.stages, self.dtype, self.carried)
 
     def prefill(self, chunk: int) -> tuple[float, float]:
         """Seconds per token of prompts, and seconds until a pipeline is full: Forwards of `chunk` tokens."""
@@ -90,10 +92,10 @@ class Pace:
                 keys=rows * self.of.context,
             )
             attention, cost = self._cost.attention(work), self._cost
-            alike: dict[tuple[int, bool, bool], float] = {}
+            alike: dict[tuple[int, bool, bool, float, float], float] = {}
             known = []
-            for index, layers in enumerate(self.stages):
-                kind = layers, index == 0, index == self.layout.pp - 1
+            for index in range(len(self.stages)):
+                kind = cost.kind(index)
                 if kind not in alike:
                     fixed = cost.by_rows(index, work.tokens, work.sampled)
                     alike[kind] = fixed.with_attention(cost.attention_of(index, attention))

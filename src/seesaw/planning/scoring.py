@@ -16,7 +16,7 @@ from seesaw.planning.memory import TransitionMode, estimate_memory
 from seesaw.planning.pace import Pace
 from seesaw.planning.setup import Limits
 from seesaw.planning.shapes import PlannedModel
-from seesaw.planning.shardings import Role, Stages, sharding_for
+from seesaw.planning.shardings import Role, Stages, carried_shares, sharding_for, whole_stages
 from seesaw.planning.statistics import Statistics
 from seesaw.scheduling.config import TurnCosts
 from seesaw.weights.sharding import check_layout
@@ -90,7 +90,7 @@ class Scorer:
         self._too_large: dict[Plan, str] = {}
         """Why memory refused a plan with some of its limits."""
         self._weights = model.weight_bytes()
-        self._paces: dict[tuple[Layout, tuple[int, ...]], Pace] = {}
+        self._paces: dict[tuple[Layout, tuple[int, ...], tuple[float, ...]], Pace] = {}
         self._found: dict[tuple[Layout, Role], Pace] = {}
 
     def limits(self, *, chunk: int, max_running: int) -> Limits:
@@ -203,7 +203,8 @@ class Scorer:
     # ---- stages -------------------------------------------------------------------------------------------
 
     def _paces_of(self, plan: Plan) -> Iterator[Paces]:
-        """Of prefill and decode: with layers divided by weight, and as it is fastest if that differs.
+        """Of prefill and decode: with layers divided by weight, as it is fastest if that differs, and without sharing
+        FFNs if stages would.
 
         Which is better depends on what they leave for KV.
         """
@@ -213,14 +214,18 @@ class Scorer:
         fastest = self._fastest(plan.prefill, prefill), self._fastest(plan.decode, decode)
         if fastest != usual:
             yield fastest
+        if any(usual[0].carried):
+            yield self._pace(plan.prefill, prefill, whole_stages(self.model, plan.prefill, prefill)), usual[1]
 
     def _pace(self, layout: Layout, role: Role, stages: tuple[int, ...] | None = None) -> Pace:
+        carried: tuple[float, ...] = ()
         if stages is None:
             sharding = sharding_for(self.model, layout, role)
             stages = tuple(len(stage) for stage in sharding.stages)
-        key = layout, stages
+            carried = carried_shares(self.model, sharding)
+        key = layout, stages, carried
         if key not in self._paces:
-            self._paces[key] = Pace(self.model, self.hardware, layout, stages, self.dtype, self._of)
+            self._paces[key] = Pace(self.model, self.hardware, layout, stages, self.dtype, self._of, carried)
         return self._paces[key]
 
     def _fastest(self, layout: Layout, role: Role) -> Pace:
@@ -242,9 +247,11 @@ class Scorer:
 
     def _stages(self, plan: Plan, paces: Paces) -> Stages | None:
         """Where they are not what the plan would have anyway."""
-        chosen = tuple(paces[0].stages), tuple(paces[1].stages)
         usual = next(self._paces_of(plan))
-        return None if chosen == (tuple(usual[0].stages), tuple(usual[1].stages)) else chosen
+        prefill, decode = (
+            None if pace is other else tuple(pace.stages) for pace, other in zip(paces, usual, strict=True)
+        )
+        return (prefill, decode) if prefill or decode else None
 
     # ---- what there is to choose from ---------------------------------------------------------------------
 

@@ -13,10 +13,10 @@ from seesaw.planning.shapes import PlannedModel
 from seesaw.weights.assignment import Units, assign_ranks
 from seesaw.weights.footprint import Footprint
 from seesaw.weights.sharding import Sharding, check_layout, make_sharding
-from seesaw.weights.stages import prefill_head_weight, split_layers
+from seesaw.weights.stages import Division, divide_layers, prefill_head_weight, split_layers
 
-Stages = tuple[tuple[int, ...], tuple[int, ...]]
-"""Layers of each pipeline stage of prefill and decode."""
+Stages = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+"""Layers of each pipeline stage of prefill and decode, or None for those of `sharding_for`."""
 
 Role = Literal["prefill", "decode", "both"]
 """The phases that a layout serves: both where the plan does not re-shard."""
@@ -54,15 +54,73 @@ def sharding_for(
 
     Prefill goes by arithmetic: the LM head runs on one token of a prompt, and a token passes some experts. A step of
     decode reads all weights: the LM head weighs as much as the bits it is stored in, a sparse layer all its experts.
-    For both, the phases are taken to be equally long. Raises `LayoutError`.
+    For both, the phases are taken to be equally long. Where whole layers leave stages of prefill far from equal, the
+    FFN of a layer is shared by two of them. Raises `LayoutError`.
     """
     check_layout(model.spec, layout, model.moe)
     if stages is not None:
         ranges = _ranges(layout, stages, model.spec.layers)
-    else:
-        weights, end = _burden(model, role)
-        ranges = split_layers(weights, layout.pp, end)
-    return make_sharding(model.spec, layout, stages=ranges, moe=model.moe)
+        return make_sharding(model.spec, layout, stages=ranges, moe=model.moe)
+    weights, end = _burden(model, role)
+    division = Division(split_layers(weights, layout.pp, end), ())
+    if role == "prefill" and layout.pp > 1:
+        division = _evened(model, layout, division, weights, end)
+    ranges, carried = division
+    return make_sharding(model.spec, layout, stages=ranges, carried=carried, moe=model.moe)
+
+
+def whole_stages(model: PlannedModel, layout: Layout, role: Role) -> tuple[int, ...]:
+    """Numbers of layers of stages balanced for a role, without sharing FFNs. Raises `LayoutError`."""
+    check_layout(model.spec, layout, model.moe)
+    weights, end = _burden(model, role)
+    return tuple(map(len, split_layers(weights, layout.pp, end)))
+
+
+def carried_shares(model: PlannedModel, sharding: Sharding) -> tuple[float, ...]:
+    """`Sharding.carried` as shares of an FFN."""
+    return tuple(columns / model.spec.ffn for columns in sharding.carried)
+
+
+_WORTH = 1.03
+"""How much longer the longest stage must be than it needs to be for an FFN to be divided: at its border twice as much
+is handed over, and small products are slower than large ones."""
+_ROOM = 1.05
+"""What the fullest rank may hold, by what it holds with whole layers: the last stage tends to take more, since its
+last layer is nearly free in prefill, and has the LM head besides."""
+_GRAIN = 128
+"""FFN columns of a rank that stay together; a sixteenth where there are few."""
+
+
+def _evened(
+    model: PlannedModel, layout: Layout, whole: Division, weights: tuple[float, ...], end: float
+) -> Division:
+    """Stages that share FFNs, or the given ones of `whole` layers if these are nearly as even."""
+    spec, sparse = model.spec, set(model.moe.sparse if model.moe else ())
+    ffn = 3.0 * spec.hidden * spec.ffn
+    ffns = tuple(0.0 if layer in sparse else ffn for layer in range(spec.layers))
+    grain = layout.tp * max(1, min(_GRAIN, spec.ffn // (16 * layout.tp)))
+    last = max(_last_most(model, layout, whole), 1.0) * weights[-1]
+    divided = divide_layers(weights, ffns, layout.pp, end, spec.ffn, grain, last)
+    longest, longer = (_longest(division, weights, ffn / spec.ffn, end) for division in (divided, whole))
+    return divided if longer >= _WORTH * longest else whole
+
+
+def _last_most(model: PlannedModel, layout: Layout, whole: Division) -> float:
+    """How many last layers fit beside the LM head on a rank that holds `_ROOM` of what the fullest one does."""
+    sizes = footprint(model)
+    sharding = make_sharding(model.spec, layout, stages=whole.stages, moe=model.moe)
+    room = 8 * layout.tp * _ROOM * max(sizes.held(sharding))
+    return (room - model.spec.vocab * model.spec.hidden * model.other_bits) / sizes.layer_bits()[-1]
+
+
+def _longest(division: Division, weights: tuple[float, ...], column: float, end: float) -> float:
+    """What the heaviest stage weighs; FFN columns weigh `column` each."""
+    stages = [sum(weights[layer] for layer in stage) for stage in division.stages]
+    stages[-1] += end * weights[-1]
+    for stage, columns in enumerate(division.carried):
+        stages[stage] += column * columns
+        stages[stage - 1] -= column * columns
+    return max(stages)
 
 
 def _burden(model: PlannedModel, role: Role) -> tuple[tuple[float, ...], float]:

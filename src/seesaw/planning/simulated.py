@@ -97,10 +97,7 @@ class _Stages:
 
     def __init__(self, cost: LayoutCost, replicas: int) -> None:
         self.cost = cost
-        last = len(cost.stages) - 1
-        # The first stage sums the embedding over its ranks, the last one has the head.
-        summed = cost.layout.tp > 1
-        keys = [(layers, summed and i == 0, i == last) for i, layers in enumerate(cost.stages)]
+        keys = [cost.kind(stage) for stage in range(len(cost.stages))]
         different = list(dict.fromkeys(keys))
         self.kinds = [different.index(key) for key in keys]
         """The kind of each stage."""

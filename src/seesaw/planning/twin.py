@@ -27,6 +27,7 @@ from seesaw.planning.cost import LayoutCost
 from seesaw.planning.latency import Latency, LatencyMeter
 from seesaw.planning.memory import footprint
 from seesaw.planning.setup import Setup
+from seesaw.planning.shardings import carried_shares
 from seesaw.planning.simulated import TOKEN, Moves, SimulatedExecutor, StageRanks
 from seesaw.planning.workloads import Workload
 from seesaw.scheduling.policies import create_policy
@@ -92,7 +93,14 @@ def simulate(
 def simulated_executor(setup: Setup, hardware: HardwareSpec) -> SimulatedExecutor:
     """The executor that stands for the ranks of `setup` on `hardware`."""
     prefill, decode = (
-        LayoutCost(setup.model, hardware, sharding.layout, [len(s) for s in sharding.stages], setup.dtype)
+        LayoutCost(
+            setup.model,
+            hardware,
+            sharding.layout,
+            [len(stage) for stage in sharding.stages],
+            setup.dtype,
+            carried_shares(setup.model, sharding),
+        )
         for sharding in setup.shardings
     )
     ranks = _stage_ranks(setup.shardings[PREFILL]), _stage_ranks(setup.shardings[DECODE])

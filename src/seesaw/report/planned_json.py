@@ -90,7 +90,10 @@ class SettingsEntry(msgspec.Struct, kw_only=True):
     turn_costs: TurnEntry | None
     """By which policy `seesaw` decides when to turn back to prefill."""
     stages: tuple[list[int], list[int]] | None
-    """Layers of each pipeline stage."""
+    """Layers of each pipeline stage, by where their attention is."""
+    carried: tuple[list[int], list[int]] | None
+    """FFN columns, of the layer before its first, that each stage computes instead of the stage before; empty where
+    no layer is divided."""
 
 
 class MemoryEntry(msgspec.Struct, kw_only=True):
@@ -378,10 +381,12 @@ def settings_entry(limits: Limits, setup: Setup | None) -> SettingsEntry:
         micro_batches=limits.micro_batches,
         turn_costs=msgspec.convert(limits.turn_costs, TurnEntry | None, from_attributes=True),
         stages=None,
+        carried=None,
     )
     if setup is None:
         return entry
     prefill, decode = ([len(stage) for stage in sharding.stages] for sharding in setup.shardings)
+    carried, in_decode = (list(sharding.carried) for sharding in setup.shardings)
     return msgspec.structs.replace(
         entry,
         policy=setup.scheduler.policy,
@@ -389,6 +394,7 @@ def settings_entry(limits: Limits, setup: Setup | None) -> SettingsEntry:
         transition=setup.memory.mode if setup.plan.reshards else None,
         max_model_len=setup.memory.max_model_len,
         stages=(prefill, decode),
+        carried=(carried, in_decode),
     )
 
 

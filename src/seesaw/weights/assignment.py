@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from math import inf
 from typing import NamedTuple
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from seesaw.core.model_spec import ModelSpec
 from seesaw.core.moe import MoESpec
 from seesaw.models.parameters import Parameter, edge_parameters, head_parameter, layer_parameters
-from seesaw.weights.sharding import Sharding, shares
+from seesaw.weights.intervals import Region, overlap
+from seesaw.weights.sharding import Sharding, layer_parts, part_tensors, shares
 
 
 class Units(NamedTuple):
@@ -54,14 +55,19 @@ def kept_elements(
 
     Places are counted with tp fastest, then pp. Depends on layouts and stages, not on who sits where.
     """
-    sparse = moe.sparse if moe else ()
-    dense = [layer for layer in range(spec.layers) if layer not in set(sparse)]
+    sparse = set(moe.sparse if moe else ())
+    divided = {
+        stage.start - 1 for s in (old, new) for stage, n in zip(s.stages, s.carried, strict=False) if n
+    }
+    dense = [layer for layer in range(spec.layers) if layer not in sparse | divided]
     kept = np.zeros((old.layout.replica_ranks, new.layout.replica_ranks), dtype=np.int64)
-    for alike in (dense, sparse):
+    for alike in (dense, sorted(sparse)):
         if alike:
             table = layer_parameters(spec, alike[0], moe)
             each = sum(_overlap_elements(spec, parameter, old, new, moe, units) for parameter in table)
             kept += np.kron(_layers_shared(alike, old, new), each)
+    if divided:
+        kept += _overlap_of_divided(spec, divided, old, new, units)
     for parameter in edge_parameters(spec):
         stages = np.outer(_stages_with(spec, parameter, old), _stages_with(spec, parameter, new))
         kept += np.kron(stages, _overlap_elements(spec, parameter, old, new, moe, units))
@@ -78,6 +84,40 @@ def _overlap_elements(
     axis, dim, unit = parameter.split.axis, parameter.split.dim, parameter.split.unit
     left, right = ([getattr(share, axis) for share in shares(spec, s.layout.tp, moe)] for s in (old, new))
     return _overlap(left, right) * (parameter.size // parameter.shape[dim] * unit * weight)
+
+
+def _overlap_of_divided(
+    spec: ModelSpec, layers: Set[int], old: Sharding, new: Sharding, units: Units
+) -> NDArray[np.int64]:
+    """`kept_elements` of layers of which some stage has a part, box by box."""
+    kept = np.zeros((old.layout.replica_ranks, new.layout.replica_ranks), dtype=np.int64)
+    held = [_boxes(spec, layers, sharding, units) for sharding in (old, new)]
+    for place, boxes in enumerate(held[0]):
+        for other, wanted in enumerate(held[1]):
+            kept[place, other] = sum(
+                weight * overlap(region, wanted[name][0])
+                for name, (region, weight) in boxes.items()
+                if name in wanted
+            )
+    return kept
+
+
+def _boxes(
+    spec: ModelSpec, layers: Set[int], sharding: Sharding, units: Units
+) -> list[dict[str, tuple[Region, int]]]:
+    """What each place of a replica has of `layers`: boxes by parameter, and what an element weighs."""
+    tp = sharding.layout.tp
+    return [
+        {
+            part.shard.parameter: (part.shard.region, units.matrix if tensor.matrix else units.other)
+            for of_layer in layer_parts(spec, sharding, stage)
+            if of_layer.layer in layers
+            for tensor in part_tensors(spec, of_layer, tp, index)
+            for part in tensor.parts
+        }
+        for stage in range(sharding.layout.pp)
+        for index in range(tp)
+    ]
 
 
 def _layers_shared(layers: Sequence[int], old: Sharding, new: Sharding) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from seesaw.core.model_spec import ModelSpec
 from seesaw.core.moe import MoESpec
 from seesaw.weights.changes import Mode, TensorChange, copy_list_between
 from seesaw.weights.intervals import DeviceTensor, region_size
-from seesaw.weights.sharding import Sharding, edge_tensors, layer_tensors, shares
+from seesaw.weights.sharding import LayerPart, Sharding, edge_tensors, layer_parts, part_tensors, shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,8 @@ _Place = tuple[int, int]
 _Edge = tuple[_Place, bool, bool]
 """Where a first or a last stage is, and which of the two."""
 _NO_LAYERS = range(0)
+_Held = tuple[_Place, bool, range] | None
+"""What is held of a layer, if anything: where, whether its attention is part of it, and the FFN columns."""
 
 
 _Order = tuple[int, float]
@@ -83,7 +85,8 @@ class Footprint:
             [layer for layer in range(spec.layers) if (layer in sparse) == kind] for kind in (False, True)
         ]
         self._examples = [layers[0] if layers else None for layers in kinds]
-        self._layers: dict[tuple[int, _Place | None, _Place | None], _Piece] = {}
+        self._whole = range(spec.ffn)
+        self._layers: dict[tuple[int, _Held, _Held], _Piece] = {}
         self._edges: dict[tuple[_Edge | None, _Edge | None], _Piece] = {}
 
     def held(self, sharding: Sharding) -> tuple[int, ...]:
@@ -110,7 +113,7 @@ class Footprint:
     def layer_bits(self) -> tuple[float, ...]:
         """Bits of each whole layer."""
         kinds = [
-            0.0 if layer is None else self._layer(kind, None, (1, 0)).after
+            0.0 if layer is None else self._layer(kind, None, self._all_of((1, 0))).after
             for kind, layer in enumerate(self._examples)
         ]
         ends = zip(self._sparse_before, self._sparse_before[1:], strict=False)
@@ -180,8 +183,15 @@ class Footprint:
         """How many layers of each kind change in which way; and what surrounds them."""
         left, old_layers, old_edge = _placed(old, old_place)
         right, new_layers, new_edge = _placed(new, new_place)
+        old_parts, new_parts = self._divided(old, old_place), self._divided(new, new_place)
         shared = range(max(old_layers.start, new_layers.start), min(old_layers.stop, new_layers.stop))
-        kept, lost, gained = (self._kinds(layers) for layers in (shared, old_layers, new_layers))
+        kept, lost, gained = (list(self._kinds(layers)) for layers in (shared, old_layers, new_layers))
+        for layer in sorted({*old_parts, *new_parts}):  # dense all of them
+            was, is_now = layer in old_layers, layer in new_layers
+            kept[0], lost[0], gained[0] = kept[0] - (was and is_now), lost[0] - was, gained[0] - is_now
+            before = old_parts.get(layer, self._all_of(left) if was else None)
+            after = new_parts.get(layer, self._all_of(right) if is_now else None)
+            yield 1, self._layer(0, before, after)
         for kind in (0, 1):
             for count, pair in (
                 (kept[kind], (left, right)),
@@ -189,7 +199,7 @@ class Footprint:
                 (gained[kind] - kept[kind], (None, right)),
             ):
                 if count:
-                    yield count, self._layer(kind, *pair)
+                    yield count, self._layer(kind, *map(self._all_of, pair))
         if (old_edge, new_edge) not in self._edges:
             self._edges[old_edge, new_edge] = self._piece(self._edge(old_edge), self._edge(new_edge))
         yield 1, self._edges[old_edge, new_edge]
@@ -199,19 +209,36 @@ class Footprint:
         sparse = self._sparse_before[layers.stop] - self._sparse_before[layers.start] if layers else 0
         return len(layers) - sparse, sparse
 
-    def _layer(self, kind: int, old: _Place | None, new: _Place | None) -> _Piece:
+    def _all_of(self, place: _Place | None) -> _Held:
+        """A whole layer at a place."""
+        return place and (place, True, self._whole)
+
+    def _divided(self, sharding: Sharding | None, place: int) -> dict[int, _Held]:
+        """The layers of which a place in a replica has some, but not all."""
+        if sharding is None or not sharding.carried:
+            return {}
+        stage, index = divmod(place, sharding.layout.tp)
+        at = sharding.layout.tp, index
+        return {
+            part.layer: (at, part.attention, part.ffn)
+            for part in layer_parts(self.spec, sharding, stage)
+            if part.ffn != self._whole
+        }
+
+    def _layer(self, kind: int, old: _Held, new: _Held) -> _Piece:
         key = kind, old, new
         if key not in self._layers:
             example = self._examples[kind]
             assert example is not None, "no layer of this kind was counted"
-            tensors = (
-                layer_tensors(self.spec, shares(self.spec, place[0], self.moe)[place[1]], example, self.moe)
-                if place
-                else []
-                for place in (old, new)
-            )
+            tensors = (self._tensors(example, held) for held in (old, new))
             self._layers[key] = self._piece(*tensors)
         return self._layers[key]
+
+    def _tensors(self, layer: int, held: _Held) -> list[DeviceTensor]:
+        if held is None:
+            return []
+        (tp, index), attention, ffn = held
+        return part_tensors(self.spec, LayerPart(layer, attention, ffn), tp, index, self.moe)
 
     def _edge(self, edge: _Edge | None) -> list[DeviceTensor]:
         if edge is None:
@@ -225,7 +252,7 @@ class Footprint:
     def _between(self, fewer: int, more: int) -> list[_Piece | None]:
         """How a layer of each kind changes between the ranks that have the most of it."""
         return [
-            None if example is None else self._layer(kind, (fewer, 0), (more, 0))
+            None if example is None else self._layer(kind, self._all_of((fewer, 0)), self._all_of((more, 0)))
             for kind, example in enumerate(self._examples)
         ]
 

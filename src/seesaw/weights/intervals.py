@@ -23,6 +23,11 @@ def region_size(region: Region) -> int:
     return prod(stop - start for start, stop in region)
 
 
+def overlap(left: Region, right: Region) -> int:
+    """Number of elements that two boxes of a tensor share."""
+    return prod(max(0, min(a[1], b[1]) - max(a[0], b[0])) for a, b in zip(left, right, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """The box of a checkpoint parameter that a rank holds, in the parameter's own indexes."""

@@ -6,7 +6,7 @@ Everything about weights derives from here: loading, re-shard copy lists, fused 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from seesaw.core.errors import LayoutError
@@ -39,6 +39,7 @@ __all__ = [
     "FetchCopy",
     "Interval",
     "KeepCopy",
+    "LayerPart",
     "Mode",
     "Part",
     "RankView",
@@ -52,8 +53,10 @@ __all__ = [
     "device_tensors",
     "edge_tensors",
     "head_weight_in_layers",
+    "layer_parts",
     "layer_tensors",
     "make_sharding",
+    "part_tensors",
     "partition",
     "plan_peak_bytes",
     "rank_view",
@@ -69,13 +72,16 @@ class Sharding:
     """Who holds what: a layout, its stage split, and which rank sits where.
 
     `stages` are the layer ranges of the pipeline stages: contiguous, perhaps uneven, none empty.
-    `ranks[i]` is the rank that takes coordinate number i (`layout.coordinate(i)`). Build one with
-    `make_sharding`, which checks both.
+    `ranks[i]` is the rank that takes coordinate number i (`layout.coordinate(i)`).
+    `carried[i]` says of how many FFN columns, the last ones of the layer before its first, stage i relieves the stage
+    in front of it, which has that layer's attention, KV and other columns; empty if no layer is divided. Build one
+    with `make_sharding`, which checks all of it.
     """
 
     layout: Layout
     stages: tuple[range, ...]
     ranks: tuple[int, ...]
+    carried: tuple[int, ...] = ()
 
     def coordinate(self, rank: int) -> Coordinate:
         """Coordinate of `rank`. Raises `LayoutError` if the sharding does not include it."""
@@ -105,6 +111,17 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPart:
+    """What a pipeline stage has of a layer."""
+
+    layer: int
+    attention: bool
+    """False of a layer whose FFN alone is carried on from the stage before."""
+    ffn: range
+    """Columns of a dense FFN, over all ranks of the stage."""
+
+
+@dataclass(frozen=True, slots=True)
 class RankView:
     """One rank's part of a sharding, in global index ranges. All ranks named are those of its own replica.
 
@@ -130,6 +147,10 @@ class RankView:
     first_stage_ranks: tuple[int, ...]
     sampler_rank: int
     """Tensor-parallel index 0 of the last stage."""
+    carried: range = range(0)
+    """FFN columns, of the layer before the stage's first, that the rank computes (`Sharding.carried`)."""
+    last_ffn: range | None = None
+    """FFN columns of the stage's last layer, if the next stage computes others; all else has `ffn`."""
 
 
 def partition(count: int, parts: int, index: int) -> range:
@@ -167,10 +188,11 @@ def make_sharding(
     stages: tuple[range, ...] | None = None,
     head_weight: float = 0.0,
     ranks: tuple[int, ...] | None = None,
+    carried: tuple[int, ...] = (),
     moe: MoESpec | None = None,
 ) -> Sharding:
     """A checked sharding. Without `stages` they come from `split_stages` with `head_weight`; ranks default to
-    0, 1, … in coordinate order. Raises `LayoutError`."""
+    0, 1, … in coordinate order, and no layer is divided. Raises `LayoutError`."""
     check_layout(spec, layout, moe)
     if stages is None:
         stages = split_stages(spec, layout.pp, head_weight)
@@ -188,7 +210,48 @@ def make_sharding(
         )
     if len(ranks) != layout.world or len(set(ranks)) != len(ranks):
         raise LayoutError(f"layout {layout}: needs {layout.world} different ranks, got {list(ranks)}")
-    return Sharding(layout, stages, ranks)
+    if carried:
+        _check_carried(spec, layout, stages, carried, moe)
+    return Sharding(layout, stages, ranks, carried if any(carried) else ())
+
+
+def _check_carried(
+    spec: ModelSpec, layout: Layout, stages: tuple[range, ...], carried: tuple[int, ...], moe: MoESpec | None
+) -> None:
+    if len(carried) != layout.pp or carried[0]:
+        raise LayoutError(
+            f"layout {layout}: carried {list(carried)} must have one number for each of {layout.pp} stages, "
+            "0 for the first"
+        )
+    for stage, columns in zip(stages, carried, strict=True):
+        if columns and not layout.tp <= columns <= spec.ffn - layout.tp:
+            raise LayoutError(
+                f"layout {layout}: {columns} of {spec.ffn} FFN columns carried leave some of {layout.tp} ranks none"
+            )
+        if columns and moe and stage.start - 1 in moe.sparse:
+            raise LayoutError(
+                f"layout {layout}: layer {stage.start - 1} is sparse, its FFN cannot be divided"
+            )
+
+
+def layer_parts(spec: ModelSpec, sharding: Sharding, stage: int) -> tuple[LayerPart, ...]:
+    """What a stage has of each layer that it has anything of, in order."""
+    layers, whole = sharding.stages[stage], range(spec.ffn)
+    parts = [LayerPart(layer, True, whole) for layer in layers]
+    if not sharding.carried:
+        return tuple(parts)
+    if stage + 1 < len(sharding.stages):
+        parts[-1] = replace(parts[-1], ffn=range(spec.ffn - sharding.carried[stage + 1]))
+    if sharding.carried[stage]:
+        tail = range(spec.ffn - sharding.carried[stage], spec.ffn)
+        parts.insert(0, LayerPart(layers.start - 1, False, tail))
+    return tuple(parts)
+
+
+def _share_of(share: Share, columns: range, tp: int, index: int) -> Share:
+    """`share` where the ranks of the stage have `columns` of the FFN instead of all."""
+    own = partition(len(columns), tp, index)
+    return replace(share, ffn=range(columns.start + own.start, columns.start + own.stop))
 
 
 def rank_view(spec: ModelSpec, sharding: Sharding, rank: int) -> RankView:
@@ -197,6 +260,8 @@ def rank_view(spec: ModelSpec, sharding: Sharding, rank: int) -> RankView:
     at = sharding.coordinate(rank)
     share = shares(spec, layout.tp)[at.tp]
     last = layout.pp - 1
+    parts = layer_parts(spec, sharding, at.pp)
+    carried, divided = not parts[0].attention, len(parts[-1].ffn) < spec.ffn
     return RankView(
         rank=rank,
         coordinate=at,
@@ -213,6 +278,8 @@ def rank_view(spec: ModelSpec, sharding: Sharding, rank: int) -> RankView:
         next_rank=sharding.rank(at.dp, at.pp + 1, at.tp) if at.pp < last else None,
         first_stage_ranks=tuple(sharding.rank(at.dp, 0, tp) for tp in range(layout.tp)),
         sampler_rank=sharding.rank(at.dp, last, 0),
+        carried=_share_of(share, parts[0].ffn, layout.tp, at.tp).ffn if carried else range(0),
+        last_ffn=_share_of(share, parts[-1].ffn, layout.tp, at.tp).ffn if divided else None,
     )
 
 
@@ -265,18 +332,14 @@ def device_tensors(
     at, last = sharding.coordinate(rank), sharding.layout.pp - 1
     share = shares(spec, sharding.layout.tp, moe)[at.tp]
     before, after = edge_tensors(spec, share, first=at.pp == 0, last=at.pp == last)
-    layers = (tensor for layer in sharding.stages[at.pp] for tensor in layer_tensors(spec, share, layer, moe))
+    parts = layer_parts(spec, sharding, at.pp)
+    layers = (tensor for part in parts for tensor in part_tensors(spec, part, sharding.layout.tp, at.tp, moe))
     return (*before, *layers, *after)
 
 
 def weight_bytes(spec: ModelSpec, sharding: Sharding, rank: int, dtype: str) -> int:
     """Bytes of all device tensors of `rank` with elements of `dtype`."""
-    at, last = sharding.coordinate(rank), sharding.layout.pp - 1
-    share, layers = shares(spec, sharding.layout.tp)[at.tp], sharding.stages[at.pp]
-    before, after = edge_tensors(spec, share, first=at.pp == 0, last=at.pp == last)
-    layer = sum(tensor.size for tensor in layer_tensors(spec, share, layers.start))
-    edges = sum(tensor.size for tensor in (*before, *after))
-    return (edges + layer * len(layers)) * DTYPE_BYTES[dtype]
+    return sum(tensor.size for tensor in device_tensors(spec, sharding, rank)) * DTYPE_BYTES[dtype]
 
 
 _LAYER_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -300,6 +363,23 @@ _LAYER_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("shared.gate.weight", ("mlp.shared_expert_gate.weight",)),
 )
 """Device tensors of a layer, and the parameters stacked in each; a model has all of a row or none."""
+
+
+_CARRIED_TENSORS = {"post_norm.weight", "gate_up.weight", "gate_up.bias", "down.weight"}
+"""Those of a layer whose FFN alone is carried on: the bias of its result is added where its attention is."""
+
+
+def part_tensors(
+    spec: ModelSpec, part: LayerPart, tp: int, index: int, moe: MoESpec | None = None
+) -> list[DeviceTensor]:
+    """Device tensors of what a stage has of a layer, for a tensor-parallel index of `tp`."""
+    share = shares(spec, tp, moe)[index]
+    if len(part.ffn) == spec.ffn:
+        return layer_tensors(spec, share, part.layer, moe)
+    tensors = layer_tensors(spec, _share_of(share, part.ffn, tp, index), part.layer, moe)
+    if part.attention:
+        return tensors
+    return [tensor for tensor in tensors if tensor.name.split(".", 2)[2] in _CARRIED_TENSORS]
 
 
 def layer_tensors(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from math import inf, isfinite
+from math import ceil, inf, isfinite
+from typing import NamedTuple
 
 from seesaw.core.errors import LayoutError
 from seesaw.core.model_spec import ModelSpec
@@ -74,6 +75,113 @@ def _best_cuts(
         stop = starts[stop]
         cuts.append(stop)
     return burden[layers], tuple(reversed(cuts))
+
+
+class Division(NamedTuple):
+    """Layer ranges of stages, and the FFN columns that each carries on (`weights.sharding.Sharding`)."""
+
+    stages: tuple[range, ...]
+    carried: tuple[int, ...]
+
+
+_HALVINGS = 40
+
+
+@lru_cache(maxsize=1024)
+def divide_layers(
+    weights: tuple[float, ...],
+    ffns: tuple[float, ...],
+    pp: int,
+    head_weight: float,
+    ffn: int,
+    grain: int,
+    last_most: float = inf,
+) -> Division:
+    """As `split_layers`, but stages may also begin within a layer, at every `grain` of the `ffn` columns of its FFN.
+
+    `ffns[i]` is what of `weights[i]` is the FFN's, 0 for one that cannot be divided. The last layer stays whole, and
+    every stage has the attention of a layer, and a `grain` at least of an FFN that it shares. The layers of the last
+    stage, without `head_weight`, weigh `last_most` at most, which must leave room for one.
+    """
+    _check(len(weights), pp, head_weight)
+    layers = _Layers(weights, ffns, head_weight, ffn, grain, last_most)
+    low, high, best = layers.whole / pp, 2 * sum(weights) + layers.whole, None
+    for _ in range(_HALVINGS):
+        limit = (low + high) / 2
+        found = layers.divided(pp, limit)
+        best, low, high = (best, limit, high) if found is None else (found, low, limit)
+    assert best is not None, "no stage weighs more than all layers"
+    return best
+
+
+class _Layers:
+    """Layers by weight, where stages may begin, and which stages a limit for every one allows."""
+
+    def __init__(
+        self,
+        weights: Sequence[float],
+        ffns: Sequence[float],
+        head_weight: float,
+        ffn: int,
+        grain: int,
+        last_most: float,
+    ) -> None:
+        self._before = [0.0, *accumulate(weights)]
+        self._column = [share / ffn for share in ffns]
+        self._grain, self._most = grain, (ffn // grain - 1) * grain
+        self.whole = self._before[-1] + head_weight * weights[-1]
+        self._last_from = self._before[-1] - last_most
+        """The last stage begins no further ahead."""
+
+    def divided(self, pp: int, limit: float) -> Division | None:
+        """Stages of no more than `limit`. For each first layer, it is best to begin as far on as possible."""
+        layers = len(self._column)
+        ways: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
+        for left in range(pp - 1, 0, -1):
+            reached: dict[int, tuple[int, int]] = {}
+            for start, (carried, _) in ways[-1].items():
+                end = self._place(start, carried) + limit
+                for after in range(start + 1, layers - left + 1):
+                    columns = self._carried(after, end)
+                    if columns is None:
+                        break
+                    place = self._place(after, columns)
+                    enough = self.whole - place <= limit * left * (1 + 1e-12)
+                    if left == 1 and place < self._last_from:
+                        continue
+                    if enough and columns < reached.get(after, (self._most + 1, 0))[0]:
+                        reached[after] = columns, start
+            ways.append(reached)
+        return _traced(ways, layers)
+
+    def _place(self, start: int, carried: int) -> float:
+        """The weight of all before a stage."""
+        return self._before[start] - (carried * self._column[start - 1] if carried else 0.0)
+
+    def _carried(self, start: int, end: float) -> int | None:
+        """How many columns a stage that begins at `start` carries, if the one before ends at weight `end` or sooner;
+        None if it cannot."""
+        over, column = self._before[start] - end, self._column[start - 1]
+        if over <= 0:
+            return 0
+        if not column:
+            return None
+        columns = ceil(over / column / self._grain) * self._grain
+        return columns if columns <= self._most else None
+
+
+def _traced(ways: Sequence[dict[int, tuple[int, int]]], layers: int) -> Division | None:
+    """The division that ends at any start of the last stage; by stages, where they may begin: what they carry, and
+    where the stage before begins then."""
+    if not ways[-1]:
+        return None
+    start, stop = min(ways[-1]), layers
+    stages, carried = list[range](), list[int]()
+    for way in reversed(ways):
+        stages.append(range(start, stop))
+        carried.append(way[start][0])
+        start, stop = way[start][1], start
+    return Division(tuple(reversed(stages)), tuple(reversed(carried)))
 
 
 def split_stages(spec: ModelSpec, pp: int, head_weight: float) -> tuple[range, ...]:

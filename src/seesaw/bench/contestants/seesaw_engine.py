@@ -55,6 +55,7 @@ def describe(llm: LLM) -> dict[str, Any]:
         "transition": memory.mode if deployment.plan.reshards else None,
         "max_model_len": memory.max_model_len,
         "stages": [[len(stage) for stage in s.stages] for s in deployment.shardings],
+        "carried": [list(sharding.carried) for sharding in deployment.shardings],
     }
 
 
