@@ -18,6 +18,7 @@ from seesaw.device.base import Event
 from seesaw.device.cuda import CudaStream
 from seesaw.execution.stage import Stage
 from seesaw.execution.worker import Worker
+from seesaw.models.decoder import Decoder
 from seesaw.weights.arrivals import EMBEDDING, HEAD, Arrivals
 from seesaw.weights.changes import Mode
 from seesaw.weights.reshard import RankWeights
@@ -31,30 +32,32 @@ MODES: tuple[Mode, ...] = ("resident", "delta", "reload")
 Patch = pytest.MonkeyPatch
 
 
-def answers(folder: Path, plan: str, mode: Mode) -> tuple[list[list[int]], EngineStats]:
+def answers(folder: Path, plan: str, mode: Mode, layers: int = 3) -> tuple[list[list[int]], EngineStats]:
     """Tokens of all prompts; the host buffer is so small that the ranks change more than once."""
-    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layers": layers}))
     options: dict[str, Any] = {**SMALL, "device_memory": "1MiB", "host_kv": "96KiB", "transition": mode}
     with LLM(str(folder), plan=plan, tokenizer=False, attention="torch", **options) as llm:
+        assert any(llm.deployment.shardings[0].carried) == (plan == "P2->T2" and layers == 4)
         outputs = llm.generate(PROMPTS, SAMPLING)
         return [list(output.outputs[0].token_ids) for output in outputs], llm.stats()
 
 
 @cache
-def expected_of(plan: str) -> list[list[int]]:
+def expected_of(plan: str, layers: int) -> list[list[int]]:
     """Of CPU ranks, which are processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        return answers(Path(folder), plan, "delta")[0]
+        return answers(Path(folder), plan, "delta", layers)[0]
 
 
-@pytest.mark.parametrize("plan", ["P2->T2", "T2->P2"])
+@pytest.mark.parametrize(("plan", "layers"), [("P2->T2", 3), ("T2->P2", 3), ("P2->T2", 4)])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_job_with_transitions_has_no_races(
-    mode: Mode, plan: str, tmp_path: Path, monkeypatch: Patch
+    mode: Mode, plan: str, layers: int, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    expected = expected_of(plan)
+    """Of four layers, the stages of prefill share an FFN."""
+    expected = expected_of(plan, layers)
     with watched(monkeypatch) as watch:
-        found, stats = answers(tmp_path, plan, mode)
+        found, stats = answers(tmp_path, plan, mode, layers)
     assert found == expected
     assert watch.cuda.races == set()
     assert len(stats.transitions) > 1
@@ -208,4 +211,22 @@ def test_a_missing_wait_is_found(
     with watched(monkeypatch) as watch:
         broken(monkeypatch)
         answers(tmp_path, plan, mode)
+    assert watch.cuda.races
+
+
+@pytest.mark.parametrize("mode", ["delta", "reload"])
+def test_an_ffn_that_stages_share_is_waited_for(mode: Mode, tmp_path: Path, monkeypatch: Patch) -> None:
+    """By the second of them as well, which has nothing else of its layer."""
+    whole = Decoder.layers
+
+    def layers(self: Decoder, *given: Any, before_layer: Callable[[int], None] | None, **named: Any) -> Any:
+        def before(layer: int) -> None:
+            if layer in self._view.layers and before_layer is not None:
+                before_layer(layer)
+
+        return whole(self, *given, before_layer=before, **named)
+
+    with watched(monkeypatch) as watch:
+        monkeypatch.setattr(Decoder, "layers", layers)
+        answers(tmp_path, "P2->T2", mode, layers=4)
     assert watch.cuda.races

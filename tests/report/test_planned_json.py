@@ -40,6 +40,8 @@ def test_a_ranking() -> None:
     assert ours.share_of_bound == 0.5
     assert ours.settings.stages == ([8, 8, 8, 8], [32]) and ours.settings.policy == "seesaw"
     assert found.best.setup is not None
+    carried = found.best.setup.shardings[0].carried
+    assert ours.settings.carried == (list(carried), [])
     assert ours.settings.transition == found.best.setup.memory.mode
     assert ours.memory is not None and len(ours.memory.weights) == 4
     assert [sum(parts.values()) for parts in ours.memory.parts] == ours.memory.workspace

@@ -56,6 +56,7 @@ from seesaw.transport.select import create_transport, staged_for
 from seesaw.weights.arrivals import Arrivals
 from seesaw.weights.changes import Mode
 from seesaw.weights.memory import HostArena
+from seesaw.weights.rehearsal import arena_bytes
 from seesaw.weights.reshard import RankWeights, Reshard
 from seesaw.weights.sharding import Sharding, rank_view
 from seesaw.weights.store import HostWeightStore, StoreSource
@@ -333,7 +334,11 @@ def arena_of(config: WorkerConfig) -> HostArena | None:
     """Where a rank that computes on the host lays its weights; a GPU's allocator has means of its own."""
     if not kind_of(config.device).on_host:
         return None
-    return HostArena(config.weight_budget, scattered=config.transition_mode == "delta")
+    size = config.weight_budget
+    if config.transition_mode == "delta" and len(config.shardings) == 2:
+        shardings = [sharding_of(message) for message in config.shardings]
+        size = arena_bytes(config.spec, shardings, config.rank, config.dtype, size)
+    return HostArena(size)
 
 
 def _watch_control(pid: int) -> None:

@@ -13,7 +13,7 @@ from seesaw.planning.shapes import PlannedModel
 from seesaw.weights.assignment import Units, assign_ranks
 from seesaw.weights.footprint import Footprint
 from seesaw.weights.sharding import Sharding, check_layout, make_sharding
-from seesaw.weights.stages import Division, divide_layers, prefill_head_weight, split_layers
+from seesaw.weights.stages import divide_layers, prefill_head_weight, split_layers
 
 Stages = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
 """Layers of each pipeline stage of prefill and decode, or None for those of `sharding_for`."""
@@ -61,19 +61,16 @@ def sharding_for(
     if stages is not None:
         ranges = _ranges(layout, stages, model.spec.layers)
         return make_sharding(model.spec, layout, stages=ranges, moe=model.moe)
-    weights, end = _burden(model, role)
-    division = Division(split_layers(weights, layout.pp, end), ())
+    whole = _whole(model, layout, role)
     if role == "prefill" and layout.pp > 1:
-        division = _evened(model, layout, division, weights, end)
-    ranges, carried = division
-    return make_sharding(model.spec, layout, stages=ranges, carried=carried, moe=model.moe)
+        return _evened(model, whole)
+    return whole
 
 
 def whole_stages(model: PlannedModel, layout: Layout, role: Role) -> tuple[int, ...]:
     """Numbers of layers of stages balanced for a role, without sharing FFNs. Raises `LayoutError`."""
     check_layout(model.spec, layout, model.moe)
-    weights, end = _burden(model, role)
-    return tuple(map(len, split_layers(weights, layout.pp, end)))
+    return tuple(map(len, _whole(model, layout, role).stages))
 
 
 def carried_shares(model: PlannedModel, sharding: Sharding) -> tuple[float, ...]:
@@ -91,35 +88,40 @@ _GRAIN = 128
 """FFN columns of a rank that stay together; a sixteenth where there are few."""
 
 
-def _evened(
-    model: PlannedModel, layout: Layout, whole: Division, weights: tuple[float, ...], end: float
-) -> Division:
-    """Stages that share FFNs, or the given ones of `whole` layers if these are nearly as even."""
-    spec, sparse = model.spec, set(model.moe.sparse if model.moe else ())
-    ffn = 3.0 * spec.hidden * spec.ffn
-    ffns = tuple(0.0 if layer in sparse else ffn for layer in range(spec.layers))
+def _whole(model: PlannedModel, layout: Layout, role: Role) -> Sharding:
+    """Stages of whole layers."""
+    weights, end = _burden(model, role)
+    stages = split_layers(weights, layout.pp, end)
+    return make_sharding(model.spec, layout, stages=stages, moe=model.moe)
+
+
+def _evened(model: PlannedModel, whole: Sharding) -> Sharding:
+    """Stages of prefill that share FFNs, or `whole` ones if these are nearly as even."""
+    spec, layout, sparse = model.spec, whole.layout, set(model.moe.sparse if model.moe else ())
+    weights, end = _burden(model, "prefill")
+    ffns = tuple(0.0 if layer in sparse else 3.0 * spec.hidden * spec.ffn for layer in range(spec.layers))
     grain = layout.tp * max(1, min(_GRAIN, spec.ffn // (16 * layout.tp)))
-    last = max(_last_most(model, layout, whole), 1.0) * weights[-1]
-    divided = divide_layers(weights, ffns, layout.pp, end, spec.ffn, grain, last)
-    longest, longer = (_longest(division, weights, ffn / spec.ffn, end) for division in (divided, whole))
-    return divided if longer >= _WORTH * longest else whole
+    last = max(_last_most(model, whole), 1.0) * weights[-1]
+    stages, carried = divide_layers(weights, ffns, layout.pp, end, spec.ffn, grain, last)
+    shared = make_sharding(spec, layout, stages=stages, carried=carried, moe=model.moe)
+    return shared if _longest(model, whole) >= _WORTH * _longest(model, shared) else whole
 
 
-def _last_most(model: PlannedModel, layout: Layout, whole: Division) -> float:
+def _last_most(model: PlannedModel, whole: Sharding) -> float:
     """How many last layers fit beside the LM head on a rank that holds `_ROOM` of what the fullest one does."""
     sizes = footprint(model)
-    sharding = make_sharding(model.spec, layout, stages=whole.stages, moe=model.moe)
-    room = 8 * layout.tp * _ROOM * max(sizes.held(sharding))
+    room = 8 * whole.layout.tp * _ROOM * max(sizes.held(whole))
     return (room - model.spec.vocab * model.spec.hidden * model.other_bits) / sizes.layer_bits()[-1]
 
 
-def _longest(division: Division, weights: tuple[float, ...], column: float, end: float) -> float:
-    """What the heaviest stage weighs; FFN columns weigh `column` each."""
-    stages = [sum(weights[layer] for layer in stage) for stage in division.stages]
+def _longest(model: PlannedModel, sharding: Sharding) -> float:
+    """What the heaviest stage weighs in prefill."""
+    weights, end = _burden(model, "prefill")
+    stages = [sum(weights[layer] for layer in stage) for stage in sharding.stages]
     stages[-1] += end * weights[-1]
-    for stage, columns in enumerate(division.carried):
-        stages[stage] += column * columns
-        stages[stage - 1] -= column * columns
+    for stage, columns in enumerate(sharding.carried):
+        stages[stage] += 3.0 * model.spec.hidden * columns
+        stages[stage - 1] -= 3.0 * model.spec.hidden * columns
     return max(stages)
 
 

@@ -12,11 +12,9 @@ _LARGE = 16
 class Arena:
     """Places in `size` bytes, rounded up to a multiple of 64.
 
-    Takes the smallest gap that is large enough: from its beginning, for a large tensor from its end. A transition and
-    the one back cut tensors up and put them together again, one by one, and what is freed serves what comes next. In
-    the order of `CopyList.steps` that takes up to a seventh more than the tensors' bytes at the fullest moment. First
-    fit takes up to a quarter, and so does best fit where large tensors lie among small ones (an embedding among
-    layers). The layouts and models that say so are in `tests/weights/test_arena.py`.
+    Takes the smallest gap that is large enough: from its beginning, for a large tensor from its end. First fit wastes
+    more, and so does best fit where large tensors lie among small ones (an embedding among layers). How much a plan's
+    transitions need, `rehearsal` finds out.
     """
 
     def __init__(self, size: int) -> None:

@@ -11,9 +11,6 @@ from torch import Tensor
 from seesaw.device.host_memory import reserve
 from seesaw.weights.arena import Arena
 
-_SPARE = 8
-"""This part of the budget more for what does not fit the gaps between tensors."""
-
 
 class MemoryLedger:
     """Bytes of the device tensors that exist, counted when memory is taken and when it is really freed.
@@ -51,12 +48,9 @@ class HostArena(Arena):
     wait for the system to clear pages.
     """
 
-    def __init__(self, budget: int, *, scattered: bool) -> None:
-        """For weights of up to `budget` bytes; `scattered` if they come and go one by one, which leaves gaps.
-
-        Raises `MemoryBudgetError` if the system refuses.
-        """
-        super().__init__(budget + (budget // _SPARE if scattered else 0))
+    def __init__(self, size: int) -> None:
+        """Of `size` bytes. Raises `MemoryBudgetError` if the system refuses."""
+        super().__init__(size)
         self._region = reserve(self.size, "weights", filled=True)
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -146,10 +146,9 @@ class _Layers:
                     if columns is None:
                         break
                     place = self._place(after, columns)
-                    enough = self.whole - place <= limit * left * (1 + 1e-12)
-                    if left == 1 and place < self._last_from:
-                        continue
-                    if enough and columns < reached.get(after, (self._most + 1, 0))[0]:
+                    fits = self.whole - place <= limit * left * (1 + 1e-12)
+                    fits = fits and (left > 1 or place >= self._last_from)
+                    if fits and columns < reached.get(after, (self._most + 1, 0))[0]:
                         reached[after] = columns, start
             ways.append(reached)
         return _traced(ways, layers)
