@@ -13,7 +13,7 @@ from seesaw.core.layout import Layout, Plan
 from seesaw.core.moe import MoESpec
 from seesaw.planning.setup import Limits, set_up
 from seesaw.planning.shapes import PlannedModel, shape
-from seesaw.planning.shardings import Role, plan_shardings, sharding_for
+from seesaw.planning.shardings import Role, footprint, plan_shardings, sharding_for
 from seesaw.weights.sharding import Sharding, make_sharding
 from seesaw.weights.stages import head_weight_in_layers, prefill_head_weight
 from tests.planning.machines import model
@@ -37,6 +37,8 @@ def test_dense_models_of_one_type_are_divided_as_the_engine_does(name: str, layo
     whole = make_sharding(planned.spec, wanted, head_weight=head)
     found = sharding_for(planned, wanted, "prefill")
     assert found == whole or heaviest(planned, whole) > 1.03 * heaviest(planned, found)
+    fullest, was = (max(footprint(planned).held(sharding)) for sharding in (found, whole))
+    assert fullest <= 1.051 * was, "an even prefill is not worth any memory"
 
 
 def heaviest(planned: PlannedModel, sharding: Sharding) -> float:
