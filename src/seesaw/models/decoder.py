@@ -188,8 +188,8 @@ class Decoder:
             ffn=self._feed_forward(weights, number, biased=spec.mlp_bias and first),
         )
         assert layer.qkv.shape[0] == (self._q_heads + 2 * self._kv_heads) * spec.head_dim, layer.qkv.shape
-        divided = self._view.last_ffn is not None and number == self._view.layers[-1]
-        width = len(self._view.last_ffn if divided and self._view.last_ffn else self._view.ffn)
+        last = self._view.last_ffn if number == self._view.layers[-1] else None
+        width = len(self._view.ffn if last is None else last)
         assert layer.ffn.gate_up.shape[0] == 2 * layer.ffn.down.shape[1] == 2 * width, layer.ffn.gate_up.shape
         return layer
 

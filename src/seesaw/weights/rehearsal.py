@@ -7,11 +7,11 @@ of a job are always the same two: they are played through beforehand, on arenas 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from seesaw.core.model_spec import DTYPE_BYTES, ModelSpec
 from seesaw.weights.arena import Arena
-from seesaw.weights.changes import CopyList
+from seesaw.weights.changes import TensorChange
+from seesaw.weights.intervals import DeviceTensor
 from seesaw.weights.sharding import Sharding, copy_list
 
 _STEPS = 32
@@ -29,79 +29,50 @@ def arena_bytes(spec: ModelSpec, shardings: Sequence[Sharding], rank: int, dtype
     tensors find no place in it at times.
     """
     first, second = shardings
-    acts = [
-        _act(copy_list(spec, old, new, rank), DTYPE_BYTES[dtype])
-        for old, new in ((None, first), (first, second), (second, first))
-    ]
+    ways = ((None, first), (first, second), (second, first))
+    changes = [copy_list(spec, old, new, rank) for old, new in ways]
+    acts = [(copies.dropped, copies.steps()) for copies in changes]
     sizes = [budget + budget * extra // _STEPS for extra in range(_MOST + 1)]
-    return next((size for size in sizes if _suffices(Arena(size), acts)), sizes[-1])
+    return next((size for size in sizes if _suffices(Arena(size), acts, DTYPE_BYTES[dtype])), sizes[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A new tensor, and the old one that becomes it or is given up behind it."""
-
-    name: str
-    size: int
-    source: str | None
-    reuse: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Act:
-    """A change of sharding in the order of `RankWeights`."""
-
-    dropped: tuple[str, ...]
-    steps: tuple[_Step, ...]
-
-
-def _act(copies: CopyList, width: int) -> _Act:
-    return _Act(
-        tuple(tensor.name for tensor in copies.dropped),
-        tuple(
-            _Step(
-                change.tensor.name,
-                change.tensor.size * width,
-                change.source.name if change.source else None,
-                change.reuse,
-            )
-            for change in copies.steps()
-        ),
-    )
-
-
+_Act = tuple[tuple[DeviceTensor, ...], tuple[TensorChange, ...]]
+"""A change of sharding in the order of `RankWeights`: tensors that are dropped, then changes one by one."""
 _Places = dict[str, tuple[int, int]]
 """Offset and bytes of tensors."""
 
 
-def _suffices(arena: Arena, acts: Sequence[_Act]) -> bool:
+def _suffices(arena: Arena, acts: Sequence[_Act], width: int) -> bool:
     """Whether every tensor finds a place: of the first sharding, then of the second and the first in turn."""
     load, *turns = acts
-    held = _played(arena, {}, load)
+    held = _played(arena, {}, load, width)
     seen = list[_Places]()
     for turn in range(_TURNS):
         if held is None or held in seen:
             break
         if turn % 2 == 0:
             seen.append(held)
-        held = _played(arena, held, turns[turn % 2])
+        held = _played(arena, held, turns[turn % 2], width)
     return held is not None
 
 
-def _played(arena: Arena, held: _Places, act: _Act) -> _Places | None:
+def _played(arena: Arena, held: _Places, act: _Act, width: int) -> _Places | None:
     """Where the new tensors lie, or None if one finds no place."""
-    for name in act.dropped:
-        arena.give(*held[name])
+    dropped, changes = act
+    for tensor in dropped:
+        arena.give(*held[tensor.name])
     made: _Places = {}
-    for step in act.steps:
-        if step.reuse:
-            assert step.source is not None
-            made[step.name] = held[step.source]
+    for change in changes:
+        name, source = change.tensor.name, change.source
+        if change.reuse:
+            assert source is not None
+            made[name] = held[source.name]
             continue
-        place = arena.take(step.size)
+        size = change.tensor.size * width
+        place = arena.take(size)
         if place is None:
             return None
-        made[step.name] = place, step.size
-        if step.source:
-            arena.give(*held[step.source])
+        made[name] = place, size
+        if source is not None:
+            arena.give(*held[source.name])
     return made
