@@ -142,6 +142,20 @@ def test_calls_in_a_row_are_settled_once() -> None:
     assert done == ["call", "wait"] * 2 + ["call", "call", "call", "wait"]
 
 
+@pytest.mark.parametrize("clock", [time.perf_counter, time.thread_time])
+def test_what_a_step_takes_beside_its_operators(clock: Callable[[], float]) -> None:
+    """Whether Python calls them or a program, which the second step of a size is."""
+    device = CpuDevice()
+    with (
+        torch.inference_mode(),
+        steps.step_rest(layers=4, dtype="float32", place=device, clock=clock) as rest,
+    ):
+        for _ in range(5):
+            started = time.perf_counter()
+            assert 0 < rest() < time.perf_counter() - started
+    device.close()
+
+
 def test_a_step_is_measured_whole_where_the_host_runs_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same steps on a CPU rank, as a device that runs behind has them: several in a row, then one wait."""
     waits: list[bool] = []

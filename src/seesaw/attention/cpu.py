@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from seesaw.attention.base import AttentionBatch
+from seesaw.native.pointers import TensorPointer
+from seesaw.native.program import NotRecordable, RecordedLibrary, Recorder
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PROBLEMS = {
@@ -19,23 +21,12 @@ _PROBLEMS = {
 }
 
 
-class _Arguments(ctypes.Structure):
-    """`seesaw::Arguments`; strides count elements."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "pool", "out")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("query_starts", "context_starts", "block_tables", "slot_mapping")
-        ),
-        *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride")),
-        *((name, ctypes.c_int64) for name in ("blocks", "block_stride", "table_width")),
-        *((name, ctypes.c_int64) for name in ("tokens", "queries", "sequences")),
-        *((name, ctypes.c_int64) for name in ("q_heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("block_size", "head_dim", "window")),
-        *((name, ctypes.c_int32) for name in ("q_dtype", "pool_dtype", "threads")),
-        ("scale", ctypes.c_float),
-    )
+_TENSORS = 9
+"""Arguments that are tensors: q, k, v, the pool, the result, and the batch as `AttentionBatch` has it."""
+_COUNTS = 14
+"""Strides, of which those of q, k, v and blocks count elements, and sizes."""
+_TABLE_WIDTH = 14
+"""The position of the one that grows with the contexts: entries of a row of the block tables."""
 
 
 class CpuAttention:
@@ -49,10 +40,20 @@ class CpuAttention:
     name = "cpu"
     capturable = False
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._attend = library.seesaw_attend
-        self._attend.argtypes = (ctypes.POINTER(_Arguments),)
+    def __init__(self, library: ctypes.CDLL | RecordedLibrary) -> None:
+        self._attend = library["seesaw_attend"]
+        self._attend.argtypes = (
+            *[TensorPointer] * _TENSORS,
+            *[ctypes.c_int64] * _COUNTS,
+            *[ctypes.c_int32] * 3,
+            ctypes.c_float,
+        )
         self._attend.restype = ctypes.c_int32
+
+    def recorded_by(self, recorder: Recorder, table_width: str) -> CpuAttention:
+        """This attention, to be called over stand-ins: `recorder` notes down its native calls. Runs are given the
+        entries of a row of the block tables as the number `table_width`."""
+        return CpuAttention(recorder.library(varying={("seesaw_attend", _TABLE_WIDTH): table_width}))
 
     def attend(
         self,
@@ -67,21 +68,23 @@ class CpuAttention:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         if k.dtype != pool_layer.dtype:
+            if k.is_meta:
+                raise NotRecordable(f"K and V of {k.dtype} become {pool_layer.dtype} by torch")
             k, v = k.to(pool_layer.dtype), v.to(pool_layer.dtype)
         queries, q_heads, head_dim = q.shape
         blocks, _, kv_heads, block_size, _ = pool_layer.shape
         _check(q, k, v, pool_layer, batch)
-        out = torch.empty((queries, q_heads * head_dim), dtype=q.dtype)
-        arguments = _Arguments(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            pool_layer.data_ptr(),
-            out.data_ptr(),
-            batch.query_starts.data_ptr(),
-            batch.context_starts.data_ptr(),
-            batch.block_tables.data_ptr(),
-            batch.slot_mapping.data_ptr(),
+        out = q.new_empty((queries, q_heads * head_dim))
+        status = self._attend(
+            q,
+            k,
+            v,
+            pool_layer,
+            out,
+            batch.query_starts,
+            batch.context_starts,
+            batch.block_tables,
+            batch.slot_mapping,
             q.stride(0),
             k.stride(0),
             v.stride(0),
@@ -101,7 +104,6 @@ class CpuAttention:
             torch.get_num_threads(),
             scale,
         )
-        status = self._attend(ctypes.byref(arguments))
         assert status == 0, f"attention over {blocks} blocks of {block_size}: {_PROBLEMS[status]}"
         return out
 

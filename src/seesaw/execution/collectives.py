@@ -45,7 +45,7 @@ class TensorParallelGroup:
             operators.linear(x, weight[a:b], None if bias is None else bias[a:b], out=parts[i])
 
         transport.all_reduce_in_parts(sums, [part.numel() for part in parts], compute, members)
-        return torch.cat(parts, dim=1)
+        return operators.join_columns(parts)
 
     def agree(self, mine: bool, device: torch.device) -> bool:
         """Whether it holds on every rank. The host waits for them, and for its own `device`."""

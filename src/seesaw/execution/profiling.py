@@ -58,6 +58,12 @@ class Profile:
         """`subject` with timers around `methods`."""
         return cast(_T, Timed(subject, {name: self._timed(subject, name) for name in methods}))
 
+    def book(self, label: str, calls: int, seconds: float) -> None:
+        """Calls of a function that were timed elsewhere, within what `forward` runs."""
+        entry = self._phase.functions.setdefault(label, FunctionTime())
+        entry.calls += calls
+        entry.seconds += seconds
+
     def write(self, path: Path) -> None:
         """Write the phases to `path`, as JSON."""
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self.phases)))
@@ -70,9 +76,7 @@ class Profile:
             started = time.perf_counter()
             result = method(*args, **kwargs)
             seconds = time.perf_counter() - started
-            entry = self._phase.functions.setdefault(_label(name, args), FunctionTime())
-            entry.calls += 1
-            entry.seconds += seconds - self._inside
+            self.book(_label(name, args), 1, seconds - self._inside)
             self._inside = before + seconds
             return result
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,66 +18,16 @@ from seesaw.core.workspace import logit_rows
 from seesaw.device.base import Device
 from seesaw.execution.collectives import PipelineLinks, TensorParallelGroup
 from seesaw.execution.graphs import DecodeGraphs, RankGraphs, Step
+from seesaw.execution.layers import PagedAttention, StageLayers
+from seesaw.execution.programs import DecodePrograms, Timing
 from seesaw.execution.prompt_logprobs import PromptScorer, with_prompt_logprobs
 from seesaw.execution.sampling import Logprobs, Sampler, SampleResult
 from seesaw.execution.slots import Inputs, SlotTables
 from seesaw.kv.device_pool import DevicePool
 from seesaw.models.decoder import Decoder
 from seesaw.ops.base import Operators
-from seesaw.weights.arrivals import EMBEDDING, HEAD, Arrivals
+from seesaw.weights.arrivals import HEAD, Arrivals
 from seesaw.weights.sharding import RankView
-
-
-@dataclass(slots=True)
-class _PagedAttend:
-    """`models.decoder.Attend` over the device pool, for one batch."""
-
-    backend: AttentionBackend
-    pool: DevicePool
-    spec: ModelSpec
-    first_layer: int
-    inputs: Inputs
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, sampled: bool = False) -> Tensor:
-        pool_layer = self.pool.layer(layer - self.first_layer)
-        window, scale = self.spec.window(layer), self.spec.head_dim**-0.5
-        batch = self.inputs.sampled_attention if sampled else self.inputs.attention
-        return self.backend.attend(q, k, v, pool_layer, batch, scale=scale, window=window)
-
-
-@dataclass(frozen=True, slots=True)
-class _Layers:
-    """`graphs.Layers`: the decoder over the device pool, which is all of a stage that a decode graph refers to."""
-
-    decoder: Decoder
-    backend: AttentionBackend
-    pool: DevicePool
-    spec: ModelSpec
-    first_layer: int
-
-    def __call__(
-        self,
-        inputs: Inputs,
-        received: Tensor | None,
-        before: Callable[[int], None] | None = None,
-        after_attention: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """What leaves the stage: hidden states of all tokens, or on the last one of those to be sampled.
-
-        `before` is called with each group of weights before it is read.
-        """
-        if received is None and before is not None:
-            before(EMBEDDING)
-        hidden = self.decoder.embed(inputs.tokens) if received is None else received
-        attend = _PagedAttend(self.backend, self.pool, self.spec, self.first_layer, inputs)
-        return self.decoder.layers(
-            hidden,
-            inputs.positions,
-            attend,
-            before_layer=before,
-            after_attention=after_attention,
-            sampled_rows=inputs.sampled_rows,
-        )
 
 
 class Stage:
@@ -100,16 +49,19 @@ class Stage:
         device: Device,
         graphs: RankGraphs | None = None,
         arrivals: Arrivals | None = None,
+        timing: Timing | None = None,
     ) -> None:
         """`graphs` if decode steps may be captured. With `arrivals`, the first Forward waits for `weights` layer by
-        layer."""
+        layer. `timing` is for decode programs."""
         self.view = view
         self._device = device
         self._spec, self._dtype, self._group = spec, dtype, group
         self._vocab_widths = vocab_widths
         self._arrivals = arrivals
         self._decoder = Decoder(spec, view, weights, group, operators)
-        self._layers = _Layers(self._decoder, attention, pool, spec, view.layers.start)
+        paged = PagedAttention(attention, pool, spec, view.layers.start)
+        programs = DecodePrograms.of(self._decoder, operators, paged, group, dtype=dtype, timing=timing)
+        self._layers = StageLayers(self._decoder, paged, programs)
         self._graphs: DecodeGraphs | None = None
         if graphs is not None:
             self._graphs = graphs.of(self._layers, group, attention_capturable=attention.capturable)

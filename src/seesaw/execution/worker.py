@@ -46,6 +46,7 @@ from seesaw.execution.messages import (
 )
 from seesaw.execution.placement import enter
 from seesaw.execution.profiling import Profile
+from seesaw.execution.programs import Timing
 from seesaw.execution.stage import Stage
 from seesaw.execution.tracing import RankTrace
 from seesaw.kv.device_pool import DevicePool
@@ -198,6 +199,7 @@ class Worker:
             head_dim=self._spec.head_dim,
             dtype=self._dtype,
         )
+        watchers = [watcher.book for watcher in (self._profile, self.trace) if watcher is not None]
         widths = [len(rank_view(self._spec, sharding, rank).vocab) for rank in view.tp_ranks]
         return Stage(
             spec=self._spec,
@@ -213,6 +215,7 @@ class Worker:
             device=self._device,
             graphs=self._graphs if self._current == len(self._shardings) - 1 else None,
             arrivals=arrivals,
+            timing=Timing(watchers) if watchers else None,
         )
 
     def ready(self) -> Ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -138,29 +139,40 @@ class Decoder:
         the model's last layer all tokens need K and V, but only they need the rest. Other stages ignore it.
         """
         with torch.inference_mode():
-            turn = rotation(self._spec.rope, self._spec.head_dim, positions)
-            delta = None
+            turn, delta = self.turn(positions), None
             if self._carried is not None:
                 if before_layer is not None:
                     before_layer(self._view.layers.start - 1)
                 hidden, delta = hidden[0], hidden[1]
                 delta.add_(self._mlp(self._carried, self._add_norm(hidden, None, self._carried.norm)))
-            for number, layer in self._layers:
-                if before_layer is not None:
-                    before_layer(number)
-                rows = sampled_rows if number == self._spec.layers - 1 else None
-                normed = self._add_norm(hidden, delta, layer.input_norm)
-                mixed = self._attention(number, layer, normed, turn, attend, rows)
-                if after_attention is not None:
-                    after_attention(number)
-                if rows is not None:
-                    hidden = hidden.index_select(0, rows)
-                    if not len(rows):
-                        return hidden
-                attended = self._summed(mixed, layer.o, layer.o_bias)
-                delta = self._mlp(layer.ffn, self._add_norm(hidden, attended, layer.ffn.norm))
-            assert delta is not None, "a stage has layers"
+            hidden, delta = self._through(
+                hidden, delta, turn, attend, before_layer, after_attention, sampled_rows
+            )
+            if delta is None:
+                return hidden
             return hidden.add_(delta) if self._view.last_ffn is None else torch.stack((hidden, delta))
+
+    def turn(self, positions: Tensor) -> Rotation:
+        """The angles of tokens at `positions` (`[N]`, int64)."""
+        return rotation(self._spec.rope, self._spec.head_dim, positions)
+
+    @property
+    def whole(self) -> bool:
+        """Whether none of its layers is shared with another stage."""
+        return self._carried is None and self._view.last_ffn is None
+
+    def operations(
+        self, operators: Operators, parallel: TensorParallel, hidden: Tensor, turn: Rotation, attend: Attend
+    ) -> Tensor:
+        """What `layers` does for a stage that is `whole`, but by other operators: those that record, over stand-ins
+        for `hidden` and `turn`. The result is what is left to be added to `hidden`, `[N, hidden]`."""
+        assert self.whole
+        recorded = copy(self)
+        recorded._ops = operators
+        recorded._parallel = None if self._parallel is None else parallel
+        _, delta = recorded._through(hidden, None, turn, attend)
+        assert delta is not None
+        return delta
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[M, vocab_local]` of the rows `[M, hidden]` at which a token is sampled. Last stage only.
@@ -170,6 +182,35 @@ class Decoder:
         assert self._norm is not None and self._head is not None, "logits is for the last stage"
         with torch.inference_mode():
             return self._ops.linear(self._add_norm(hidden, None, self._norm), self._head)
+
+    def _through(
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        turn: Rotation,
+        attend: Attend,
+        before_layer: Callable[[int], None] | None = None,
+        after_attention: Callable[[int], None] | None = None,
+        sampled_rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layers, and behind them hidden states and what is still to be added to them, if anything.
+
+        What is done to `hidden` and `delta`, to be added to it first, is seen by the caller."""
+        for number, layer in self._layers:
+            if before_layer is not None:
+                before_layer(number)
+            rows = sampled_rows if number == self._spec.layers - 1 else None
+            normed = self._add_norm(hidden, delta, layer.input_norm)
+            mixed = self._attention(number, layer, normed, turn, attend, rows)
+            if after_attention is not None:
+                after_attention(number)
+            if rows is not None:
+                hidden = hidden.index_select(0, rows)
+                if not len(rows):
+                    return hidden, None
+            attended = self._summed(mixed, layer.o, layer.o_bias)
+            delta = self._mlp(layer.ffn, self._add_norm(hidden, attended, layer.ffn.norm))
+        return hidden, delta
 
     def _layer(self, weights: Mapping[str, Tensor], number: int) -> _Layer:
         def tensor(name: str) -> Tensor:

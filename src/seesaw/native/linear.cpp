@@ -17,6 +17,7 @@
 
 #include "packed_product.h"
 #include "product.h"
+#include "recordable.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -398,3 +399,4 @@ extern "C" int32_t seesaw_linear(const void* x, const void* weight, const void* 
     if (dtype == FLOAT16) return packed ? PackedProduct<F16>(a).run() : Product<Wide16>(a).run();
     return BAD_DTYPE;
 }
+SEESAW_RECORDABLE(seesaw_linear);

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "paged_context.h"
+#include "recordable.h"
 #include "scratch.h"
 #include "small_product.h"
 #include "vectors.h"
@@ -448,9 +449,18 @@ Status write_tokens(const Arguments& a) {
 }  // namespace seesaw
 
 // Writes the new K and V into the pool, then attends. Returns a `Status`.
-extern "C" int32_t seesaw_attend(const seesaw::Arguments* arguments) {
+extern "C" int32_t seesaw_attend(const void* q, const void* k, const void* v, char* pool, void* out,
+                                 const int32_t* query_starts, const int32_t* context_starts,
+                                 const int32_t* block_tables, const int64_t* slot_mapping, int64_t q_stride,
+                                 int64_t k_stride, int64_t v_stride, int64_t blocks, int64_t block_stride,
+                                 int64_t table_width, int64_t tokens, int64_t queries, int64_t sequences,
+                                 int64_t q_heads, int64_t kv_heads, int64_t block_size, int64_t head_dim,
+                                 int64_t window, int32_t q_dtype, int32_t pool_dtype, int32_t threads, float scale) {
     using namespace seesaw;
-    const Arguments& a = *arguments;
+    const Arguments a{q,           k,          v,        pool,     out,        query_starts, context_starts,
+                      block_tables, slot_mapping, q_stride, k_stride, v_stride,   blocks,       block_stride,
+                      table_width, tokens,     queries,  sequences, q_heads,   kv_heads,     block_size,
+                      head_dim,    window,     q_dtype,  pool_dtype, threads,  scale};
     for (const int32_t dtype : {a.q_dtype, a.pool_dtype})
         if (dtype < FLOAT32 || dtype > FLOAT16) return BAD_DTYPE;
     if (!consistent(a)) return BAD_BATCH;
@@ -469,3 +479,4 @@ extern "C" int32_t seesaw_attend(const seesaw::Arguments* arguments) {
     for (int64_t i = 0; i < count; ++i) worst = std::max<int32_t>(worst, run_item(a, items, i));
     return worst;
 }
+SEESAW_RECORDABLE(seesaw_attend);

@@ -29,6 +29,7 @@
 #include <cstring>
 #include <vector>
 
+#include "recordable.h"
 #include "shm_region.h"
 #include "sums.h"
 
@@ -409,6 +410,12 @@ class Exchange {
     }
 };
 
+Exchange& begin(void* handle, const int32_t* members = nullptr, int32_t n = 0) {
+    Exchange& e = *(Exchange*)handle;
+    e.members.assign(members, members + n), e.call = {};
+    return e;
+}
+
 }  // namespace
 
 extern "C" {
@@ -451,45 +458,38 @@ int32_t seesaw_shm_resume(void* handle) { return ((Exchange*)handle)->advance();
 int64_t seesaw_shm_found_bytes(void* handle) { return ((Exchange*)handle)->call.at; }
 
 int32_t seesaw_shm_all_reduce(void* handle, void* x, int64_t count, int32_t type, const int32_t* members, int32_t n) {
-    Exchange& e = *(Exchange*)handle;
-    e.members.assign(members, members + n);
-    e.call = {};
+    Exchange& e = begin(handle, members, n);
     e.call.x = (char*)x, e.call.bytes = count * sum_item_bytes(type), e.call.type = type;
     e.call.kind = e.one_round(e.call.bytes) ? Call::SMALL_SUM : Call::LARGE_SUM;
     return e.advance();
 }
+SEESAW_RECORDABLE(seesaw_shm_all_reduce);
 
 // `parts` has room for each member's `bytes` bytes on the first member (its own entry is not used), and is null on the
 // others. It must stay until the call is done.
 int32_t seesaw_shm_gather(void* handle, void* x, int64_t bytes, char* const* parts, const int32_t* members, int32_t n) {
-    Exchange& e = *(Exchange*)handle;
-    e.members.assign(members, members + n);
-    e.call = {};
+    Exchange& e = begin(handle, members, n);
     e.call.kind = parts ? Call::GATHER_IN : Call::GATHER_OUT;
     e.call.x = (char*)x, e.call.parts = parts, e.call.bytes = bytes, e.call.step = 1;
     return e.advance();
 }
 
 int32_t seesaw_shm_broadcast(void* handle, void* x, int64_t bytes, int32_t first, const int32_t* members, int32_t n) {
-    Exchange& e = *(Exchange*)handle;
-    e.members.assign(members, members + n);
-    e.call = {};
+    Exchange& e = begin(handle, members, n);
     e.call.kind = first ? Call::BROADCAST_OUT : Call::BROADCAST_IN;
     e.call.x = (char*)x, e.call.bytes = bytes;
     return e.advance();
 }
 
 int32_t seesaw_shm_send(void* handle, void* x, int64_t bytes, int32_t peer, int32_t channel) {
-    Exchange& e = *(Exchange*)handle;
-    e.call = {};
+    Exchange& e = begin(handle);
     e.call.kind = Call::SEND;
     e.call.x = (char*)x, e.call.bytes = bytes, e.call.peer = peer, e.call.channel = channel;
     return e.advance();
 }
 
 int32_t seesaw_shm_receive(void* handle, void* x, int64_t bytes, int32_t peer, int32_t channel) {
-    Exchange& e = *(Exchange*)handle;
-    e.call = {};
+    Exchange& e = begin(handle);
     e.call.kind = Call::RECEIVE;
     e.call.x = (char*)x, e.call.bytes = bytes, e.call.peer = peer, e.call.channel = channel;
     return e.advance();

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
+#include "recordable.h"
 #include "vectors.h"
 
 namespace seesaw {
@@ -271,3 +273,20 @@ extern "C" void seesaw_argmax(const void* logits, int64_t* out, int64_t rows, in
                  [&](int64_t m) { out[m] = argmax_row<S>((const T*)logits + m * stride, columns); });
     });
 }
+
+// Side by side: part i of `parts`, which lie one behind the other, has the columns from `bounds[i]` to `bounds[i + 1]`.
+extern "C" void seesaw_join_columns(const char* parts, char* out, int64_t rows, const int64_t* bounds, int64_t count,
+                                    int64_t item_bytes) {
+    const int64_t columns = bounds[count] * item_bytes;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t width = (bounds[i + 1] - bounds[i]) * item_bytes;
+        for (int64_t m = 0; m < rows; ++m, parts += width)
+            std::memcpy(out + m * columns + bounds[i] * item_bytes, parts, (size_t)width);
+    }
+}
+
+SEESAW_RECORDABLE(seesaw_rms_norm);
+SEESAW_RECORDABLE(seesaw_add_rms_norm);
+SEESAW_RECORDABLE(seesaw_rotate);
+SEESAW_RECORDABLE(seesaw_silu_mul);
+SEESAW_RECORDABLE(seesaw_join_columns);

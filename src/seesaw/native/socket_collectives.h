@@ -68,13 +68,18 @@ class Collectives {
             if (!sum_.one_round) add_sums(e, parts - 1, n);
         }
     }
-    // One more part is there; as much is sent as the kernel takes at once.
+    // One more part is there, and others will be; as much is sent as the kernel takes at once.
     int32_t computed() {
         ++computed_;
         bool moved = true;
         int32_t status = PENDING;
         while (status == PENDING && moved) status = move(&moved);
-        return status;
+        return status == PENDING ? DONE : status;
+    }
+    // The last part is there.
+    int32_t all_computed() {
+        ++computed_;
+        return resume();
     }
     int32_t gather(char* x, int64_t bytes, char* const* parts, const int32_t* members, int n) {
         begin(members, n, !parts);

@@ -28,6 +28,7 @@
 #include <thread>
 #include <vector>
 
+#include "recordable.h"
 #include "socket_collectives.h"
 #include "socket_streams.h"
 
@@ -269,8 +270,10 @@ void seesaw_tcp_begin_all_reduce(void* mesh, void* x, const int64_t* counts, int
                                  const int32_t* members, int32_t n) {
     ((Mesh*)mesh)->collectives.begin_all_reduce((char*)x, counts, parts, type, members, n);
 }
-// The next part is computed. PENDING: there is more to do, whether or not that was the last of them.
+// The next part is computed, which is not the last.
 int32_t seesaw_tcp_computed(void* mesh) { return ((Mesh*)mesh)->collectives.computed(); }
+// The last part is computed. Goes on as `seesaw_tcp_all_reduce` does.
+int32_t seesaw_tcp_all_computed(void* mesh) { return ((Mesh*)mesh)->collectives.all_computed(); }
 int32_t seesaw_tcp_gather(void* mesh, void* x, int64_t bytes, char* const* parts, const int32_t* members, int32_t n) {
     return ((Mesh*)mesh)->collectives.gather((char*)x, bytes, parts, members, n);
 }
@@ -291,6 +294,11 @@ int32_t seesaw_tcp_resume_receive(void* mesh) { return ((Mesh*)mesh)->resume_rec
 
 // PENDING: call again.
 int32_t seesaw_tcp_flush(void* mesh) { return ((Mesh*)mesh)->flush(); }
+
+SEESAW_RECORDABLE(seesaw_tcp_all_reduce);
+SEESAW_RECORDABLE(seesaw_tcp_begin_all_reduce);
+SEESAW_RECORDABLE(seesaw_tcp_computed);
+SEESAW_RECORDABLE(seesaw_tcp_all_computed);
 
 }  // extern "C"
 

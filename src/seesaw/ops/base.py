@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,6 +63,10 @@ class Operators(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """`silu(gate) * up` `[M, F]` of `[M, 2F]`, gate first."""
+        ...
+
+    def join_columns(self, parts: Sequence[Tensor]) -> Tensor:
+        """The matrices `[M, N_i]` side by side: `[M, N]`. They are contiguous, and lie one behind the other."""
         ...
 
     def argmax(self, logits: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ import ctypes
 import torch
 from torch import Tensor
 
+from seesaw.native.pointers import TensorPointer
+from seesaw.native.program import NotRecordable, RecordedLibrary
 from seesaw.ops.torch_ops import TorchOperators
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PROBLEMS = {1: "an unknown type", 2: "no memory for scratch space"}
-_POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_COUNT, _INT = ctypes.c_int64, ctypes.c_int32
 
 
 class CpuLinear:
@@ -27,9 +29,9 @@ class CpuLinear:
     tiny.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL | RecordedLibrary) -> None:
         self._linear = library["seesaw_linear"]
-        self._linear.argtypes = (*[_POINTER] * 4, *[_COUNT] * 5, *[_INT] * 3)
+        self._linear.argtypes = (*[TensorPointer] * 4, *[_COUNT] * 5, *[_INT] * 3)
         self._linear.restype = _INT
         self._torch = TorchOperators()
         better, packed_rows = library["seesaw_linear_better"], library["seesaw_linear_packed_rows"]
@@ -46,6 +48,8 @@ class CpuLinear:
         """See `Operators.linear`. `x` and `weight` may have strided rows; `out` is contiguous."""
         rows, depth = x.shape
         if not (x.dtype in self._native and rows and depth and weight.shape[0]):
+            if x.is_meta:
+                raise NotRecordable(f"products of {x.dtype} are made by torch")
             return self._torch.linear(x, weight, bias, out=out)
         return self.native(x, weight, bias, out=out)
 
@@ -72,20 +76,21 @@ class CpuLinear:
         # the kernel reads and writes memory by these shapes
         assert weight_depth == depth and rows and columns and depth, (x.shape, weight.shape)
         assert (x_step == weight_step == 1) or depth == 1, (x.stride(), weight.stride())
-        assert weight.dtype == dtype and x.is_cpu and weight.is_cpu, (dtype, weight.dtype, weight.device)
+        assert weight.dtype == dtype and weight.is_cpu, (dtype, weight.dtype, weight.device)
+        assert x.is_cpu or x.is_meta, x.device  # what is recorded lies nowhere
         if out is None:
             out = x.new_empty(rows, columns)
         else:
             assert out.shape == (rows, columns) and out.is_contiguous(), (out.shape, out.stride())
-            assert out.dtype == dtype and out.is_cpu, (out.dtype, out.device)
+            assert out.dtype == dtype and out.device == x.device, (out.dtype, out.device)
         if bias is not None:
             assert bias.shape == (columns,) and bias.is_contiguous(), (bias.shape, bias.stride())
             assert bias.dtype == dtype and bias.is_cpu, (bias.dtype, bias.device)
         status = self._linear(
-            x.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
+            x,
+            weight,
+            bias,
+            out,
             rows,
             columns,
             depth,

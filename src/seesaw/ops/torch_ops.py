@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -50,6 +52,10 @@ class TorchOperators:
         """See `Operators.silu_mul`."""
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
+
+    def join_columns(self, parts: Sequence[Tensor]) -> Tensor:
+        """See `Operators.join_columns`."""
+        return torch.cat(list(parts), dim=1)
 
     def argmax(self, logits: Tensor) -> Tensor:
         """See `Operators.argmax`."""

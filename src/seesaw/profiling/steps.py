@@ -19,6 +19,7 @@ from seesaw.core.layout import Layout
 from seesaw.core.model_spec import DType, ModelSpec, RopeSpec
 from seesaw.device.base import Device
 from seesaw.execution.collectives import TensorParallelGroup
+from seesaw.execution.programs import Timing
 from seesaw.execution.stage import Stage
 from seesaw.kv.device_pool import DevicePool
 from seesaw.ops.select import create_operators
@@ -47,6 +48,11 @@ class _Timed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._subject, name)
 
+    def book(self, label: str, calls: int, seconds: float) -> None:
+        """Calls that a program made."""
+        self.seconds += seconds
+        self.calls += calls
+
     def _around(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             started = self._clock()
@@ -68,7 +74,8 @@ def step_rest(
     operators = _Timed(create_operators(device, dtype=getattr(torch, dtype)), clock)
     attention = _Timed(create_attention(device, head_dim=spec.head_dim, dtype=getattr(torch, dtype)), clock)
     with HostWeightStore.dummy(spec, cast(DType, dtype), seed=0) as store:
-        stage = _stage(spec, dtype, place, store, operators, attention)
+        by = time.CLOCK_THREAD_CPUTIME_ID if clock is time.thread_time else time.CLOCK_MONOTONIC
+        stage = _stage(spec, dtype, place, store, operators, attention, Timing([operators.book], by))
         stage.run(_step(opens=True), None)
         taken = _cost_of(clock)
 
@@ -115,7 +122,13 @@ def _spec(layers: int) -> ModelSpec:
 
 
 def _stage(
-    spec: ModelSpec, dtype: str, place: Device, store: HostWeightStore, operators: Any, attention: Any
+    spec: ModelSpec,
+    dtype: str,
+    place: Device,
+    store: HostWeightStore,
+    operators: Any,
+    attention: Any,
+    timing: Timing,
 ) -> Stage:
     sharding = make_sharding(spec, Layout())
     view, element = rank_view(spec, sharding, 0), getattr(torch, dtype)
@@ -137,6 +150,7 @@ def _stage(
         operators=operators,
         block_size=_BLOCK_SIZE,
         device=place,
+        timing=timing,
     )
 
 

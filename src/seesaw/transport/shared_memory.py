@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from seesaw.core.errors import ConfigError, MemoryBudgetError
 from seesaw.native import build
+from seesaw.native.pointers import TensorPointer
+from seesaw.native.program import RecordedLibrary, Recorder
 from seesaw.transport.base import Members
 from seesaw.transport.calls import CHANNELS, DONE, Closed, member_array, run_to_end, sum_type
 from seesaw.transport.region import BLOCK_BYTES, BLOCKS, SLOT_BYTES
@@ -51,7 +54,7 @@ def native_library() -> ctypes.CDLL | None:
         ("close", None, pointer),
         ("resume", i32, pointer),
         ("found_bytes", i64, pointer),
-        ("all_reduce", i32, pointer, pointer, i64, i32, *members),
+        ("all_reduce", i32, pointer, TensorPointer, i64, i32, *members),
         ("gather", i32, pointer, pointer, i64, pointer, *members),
         ("broadcast", i32, pointer, pointer, i64, i32, *members),
         ("send", i32, pointer, pointer, i64, i32, i32),
@@ -127,7 +130,7 @@ class SharedMemoryTransport:
         and none under a CPU quota below one core). Raises `ConfigError` if `fd` is no region for `world` ranks.
         """
         self._rank, self._world = rank, world
-        self._library: ctypes.CDLL | Closed = _library()
+        self._library: ctypes.CDLL | RecordedLibrary | Closed = _library()
         if spin_seconds is None:
             spin_seconds = SPIN_SECONDS if cpu_quota() >= 1.0 else 0.0
         error = ctypes.c_int32()
@@ -143,10 +146,16 @@ class SharedMemoryTransport:
             assert x.is_contiguous() and self._rank in members, (x.stride(), members)
             self._finish(
                 self._library.seesaw_shm_all_reduce(
-                    self._handle, x.data_ptr(), x.numel(), sum_type(x), member_array(members), len(members)
+                    self._handle, x, x.numel(), sum_type(x), member_array(members), len(members)
                 )
             )
         return x
+
+    def recorded_by(self, recorder: Recorder) -> SharedMemoryTransport:
+        """This transport, whose sums are to be called over stand-ins: `recorder` notes down the native calls."""
+        stand_in = copy(self)
+        stand_in._library = recorder.library(answer=self._finish)
+        return stand_in
 
     def gather(self, x: Tensor, members: Members) -> list[Tensor] | None:
         """See `Transport.gather`; the first member's own entry is `x` itself."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from seesaw.core.errors import ConfigError
 from seesaw.native import build
+from seesaw.native.pointers import TensorPointer
+from seesaw.native.program import RecordedLibrary, Recorder
 from seesaw.transport.base import Members
 from seesaw.transport.calls import CHANNELS, DONE, PENDING, Closed, member_array, run_to_end, sum_type
 from seesaw.transport.meeting import Meeting
@@ -47,9 +51,10 @@ def native_library() -> ctypes.CDLL | None:
         ("close", None, pointer),
         ("failed_peer", i32, pointer),
         ("failed_error", i32, pointer),
-        ("all_reduce", i32, pointer, pointer, i64, i32, numbers, i32),
-        ("begin_all_reduce", None, pointer, pointer, ctypes.POINTER(i64), i32, i32, numbers, i32),
+        ("all_reduce", i32, pointer, TensorPointer, i64, i32, numbers, i32),
+        ("begin_all_reduce", None, pointer, TensorPointer, ctypes.POINTER(i64), i32, i32, numbers, i32),
         ("computed", i32, pointer),
+        ("all_computed", i32, pointer),
         ("gather", i32, pointer, pointer, i64, pointer, numbers, i32),
         ("broadcast", i32, pointer, pointer, i64, i32, numbers, i32),
         ("resume", i32, pointer),
@@ -97,7 +102,7 @@ class SocketTransport:
             raise ConfigError(
                 "transport 'tcp' needs the native library, which cannot be built here; use 'gloo' or 'auto'"
             )
-        self._library: ctypes.CDLL | Closed = library
+        self._library: ctypes.CDLL | RecordedLibrary | Closed = library
         links = library.seesaw_tcp_links()
         meeting = Meeting(rank, world, links, Path(directory), timeout)
         try:
@@ -116,7 +121,7 @@ class SocketTransport:
         if len(members) > 1 and x.numel():
             assert x.is_contiguous() and self._rank in members, (x.stride(), members)
             status = self._library.seesaw_tcp_all_reduce(
-                self._handle, x.data_ptr(), x.numel(), sum_type(x), member_array(members), len(members)
+                self._handle, x, x.numel(), sum_type(x), member_array(members), len(members)
             )
             self._finish(status, "an all-reduce")
         return x
@@ -129,16 +134,20 @@ class SocketTransport:
         assert sum(counts) == x.numel(), (counts, x.shape)
         numbers = (ctypes.c_int64 * len(counts))(*counts)
         self._library.seesaw_tcp_begin_all_reduce(
-            self._handle, x.data_ptr(), numbers, len(counts), sum_type(x), member_array(members), len(members)
+            self._handle, x, numbers, len(counts), sum_type(x), member_array(members), len(members)
         )
-        status = PENDING
-        for part in range(len(counts)):
+        for part in range(len(counts) - 1):
             compute(part)
-            status = self._library.seesaw_tcp_computed(self._handle)
-            if status != PENDING:
-                self._check(status, "an all-reduce")
-        self._finish(status, "an all-reduce")
+            self._check(self._library.seesaw_tcp_computed(self._handle), "an all-reduce")
+        compute(len(counts) - 1)
+        self._finish(self._library.seesaw_tcp_all_computed(self._handle), "an all-reduce")
         return x
+
+    def recorded_by(self, recorder: Recorder) -> SocketTransport:
+        """This transport, whose sums are to be called over stand-ins: `recorder` notes down the native calls."""
+        stand_in = copy(self)
+        stand_in._library = recorder.library(answer=partial(self._finish, what="an all-reduce"))
+        return stand_in
 
     def gather(self, x: Tensor, members: Members) -> list[Tensor] | None:
         """See `Transport.gather`; the first member's own entry is `x` itself."""
