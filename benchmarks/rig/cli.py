@@ -93,7 +93,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
              "auto is 1/k where k ranks share a core; none [%(default)s]")  # fmt: skip
     add("--burst", type=int, metavar="BYTES",
         help="bytes a link may make up for, at 1.1 times its rate, after a delay or idle [4 ms]")  # fmt: skip
-    add("--mtu", type=int, metavar="BYTES", help="largest packet [131 µs of the rate, 9000 to 65000]")
+    add("--mtu", type=int, metavar="BYTES", help="largest packet [132 µs of the rate, 9000 to 65000]")
     add("--cores", metavar="LIST", help="cores to deal to the ranks in turn, such as 0,1 [all]")
 
 

@@ -12,7 +12,7 @@ from .errors import RigError
 
 MAX_RANKS = 64
 _SMALLEST_MTU, _LARGEST_MTU = 9000, 65000
-_PACKET_SECONDS = 131e-6
+_PACKET_SECONDS = 132e-6
 """Time of the largest packet on the link: fewer packets cost less, smaller ones share the link better."""
 _CATCH_UP = 1.1
 """How much faster than its rate a link may be while it makes up for having been held up, or after it was idle."""

@@ -71,6 +71,7 @@ class Collectives {
     // One more part is there, and others will be; as much is sent as the kernel takes at once.
     int32_t computed() {
         ++computed_;
+        for (Exchange& e : exchanges_) e.readable = true;
         bool moved = true;
         int32_t status = PENDING;
         while (status == PENDING && moved) status = move(&moved);
@@ -79,6 +80,7 @@ class Collectives {
     // The last part is there.
     int32_t all_computed() {
         ++computed_;
+        for (Exchange& e : exchanges_) e.readable = true;
         return resume();
     }
     int32_t gather(char* x, int64_t bytes, char* const* parts, const int32_t* members, int n) {
@@ -155,6 +157,7 @@ class Collectives {
     struct Exchange {
         int fd, peer, member;
         Way out = {}, in = {};
+        bool readable = true;  // as far as we know
     };
     // How far our own shares are added up: those of the parts before `part`, and `done` bytes of it.
     struct Sum {
@@ -213,16 +216,22 @@ class Collectives {
         e.in.add(theirs);
     }
 
-    // What the sockets take and give at once, and what can be added up with it.
+    // What the sockets give at once, what can be added up with it, and what they take then: so the share of a part and
+    // the sum of the one before, which are there at the same time, leave as one message.
     int32_t move(bool* moved) {
         *moved = false;
+        int error = 0;
         for (Exchange& e : exchanges_) {
-            int error = 0;
-            const int64_t in = pull(e, &error), out = in < 0 ? 0 : push(e, &error);
-            if (in < 0 || out < 0) return failure_.of(e.peer, error);
-            *moved = *moved || in > 0 || out > 0;
+            const int64_t in = e.readable ? pull(e, &error) : 0;
+            if (in < 0) return failure_.of(e.peer, error);
+            *moved = *moved || in > 0;
         }
         *moved = add_up() || *moved;
+        for (Exchange& e : exchanges_) {
+            const int64_t out = push(e, &error);
+            if (out < 0) return failure_.of(e.peer, error);
+            *moved = *moved || out > 0;
+        }
         return complete() ? DONE : PENDING;
     }
     // A little at a time, so that what the peer gets is still in the caches when it reads it.
@@ -243,6 +252,9 @@ class Collectives {
         iovec pieces[PIECES];
         const int n = e.in.next(pieces, INT64_MAX / 2, [](const Stretch& s) { return s.bytes; });
         const int64_t received = n ? receive_some(e.fd, pieces, n, error) : 0;
+        int64_t room = 0;
+        for (int i = 0; i < n; ++i) room += (int64_t)pieces[i].iov_len;
+        e.readable = received == room;
         e.in.pass(received);
         return received;
     }
@@ -288,7 +300,10 @@ class Collectives {
             const short events = (short)((next_out(e, pieces) ? POLLOUT : 0) | (e.in.over() ? 0 : POLLIN));
             if (events) polled_.push_back({e.fd, events, 0});
         }
-        return poll(polled_.data(), (nfds_t)polled_.size(), milliseconds);
+        const int ready = poll(polled_.data(), (nfds_t)polled_.size(), milliseconds);
+        for (const pollfd& p : polled_)
+            for (Exchange& e : exchanges_) e.readable = e.readable || (e.fd == p.fd && (p.revents & ~POLLOUT));
+        return ready;
     }
 };
 
