@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ from seesaw.core.layout import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 NONE = "–"
+GRACE = 10.0
+"""Seconds that the rig has to end."""
 
 
 def main() -> int:
@@ -77,12 +80,36 @@ def run(args: argparse.Namespace, link: str) -> dict[str, Any] | None:
         path, environment = Path(folder) / "bench.json", dict(os.environ)
         if args.profile:
             environment["SEESAW_PROFILE"] = str(Path(folder) / "profile.json")
-            subprocess.run([*seesaw, "profile"], cwd=ROOT, env=environment, check=False)
+            call([*seesaw, "profile"], environment)
         command = [*seesaw, "bench", *args.bench, "--json", str(path)]
-        subprocess.run(command, cwd=ROOT, env=environment, check=False)
+        call(command, environment)
         if not path.exists():
             return None
         return {**json.loads(path.read_text()), "command": repeat()}
+
+
+def call(command: list[str], environment: dict[str, str]) -> None:
+    """Run `command` to its end; whatever ends this process before, SIGTERM too, ends the rig first."""
+
+    def terminated(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    try:
+        process.wait()
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(GRACE)
+        except (
+            subprocess.TimeoutExpired
+        ):  # a measurement is under way; the rig leaves nothing behind either way
+            process.kill()
+            process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def repeat() -> str:

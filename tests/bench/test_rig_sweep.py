@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -117,11 +120,11 @@ def test_the_rig_is_profiled_where_a_bench_follows(monkeypatch: pytest.MonkeyPat
     commands: list[list[str]] = []
     profiles: list[str | None] = []
 
-    def run(command: list[str], *, env: dict[str, str], **_: object) -> None:
+    def call(command: list[str], environment: dict[str, str]) -> None:
         commands.append(command[command.index("seesaw") :])
-        profiles.append(env.get("SEESAW_PROFILE"))
+        profiles.append(environment.get("SEESAW_PROFILE"))
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(rig_sweep, "call", call)
     monkeypatch.delenv("SEESAW_PROFILE", raising=False)
     args = argparse.Namespace(ranks=2, quota="auto", profile=True, bench=["--shape", "tiny"])
     assert rig_sweep.run(args, "1gbit") is None
@@ -130,6 +133,25 @@ def test_the_rig_is_profiled_where_a_bench_follows(monkeypatch: pytest.MonkeyPat
     args.profile = False
     rig_sweep.run(args, "1gbit")
     assert commands[-1][1] == "bench" and len(commands) == 3 and profiles[-1] is None
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_sweep_that_is_ended_ends_its_bench(stubborn: bool) -> None:
+    ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN);" if stubborn else ""
+    bench = f"import os, signal, time; {ignore} print(os.getpid(), flush=True); time.sleep(60)"
+    sweep = (
+        "import os, sys; from benchmarks import rig_sweep; rig_sweep.GRACE = 0.2;"
+        f"rig_sweep.call([sys.executable, '-c', {bench!r}], dict(os.environ))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", sweep], cwd=rig_sweep.ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        benched = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(benched, 0)
 
 
 def test_what_a_bench_did_not_get_to_costs_no_result() -> None:

@@ -86,10 +86,8 @@ class Program:
         """`kept` are objects whose memory the words refer to."""
         self._run = library["seesaw_program_run"]
         pointer, count = ctypes.c_void_p, ctypes.c_int64
-        self._run.restype, self._run.argtypes = (
-            count,
-            (pointer, count, count, pointer, ctypes.c_int32, pointer),
-        )
+        self._run.argtypes = (pointer, count, count, pointer, ctypes.c_int32, pointer)
+        self._run.restype = count
         self._rows = np.zeros((len(calls), library.seesaw_program_words()), dtype=np.int64)
         for row, call in zip(self._rows, calls, strict=True):
             row[: len(call.words)] = call.words
