@@ -48,17 +48,18 @@ def test_no_division_has_a_lighter_heaviest_stage(
 @settings(max_examples=100, deadline=None)
 @given(
     layers=st.lists(st.sampled_from([(1.0, 0.0), (2.5, 2.0), (7.0, 3.0)]), min_size=1, max_size=5),
-    head=st.sampled_from([-0.9, 0.0, 3.0]),
-    most=st.sampled_from([1.2, 2.0, inf]),
+    head=st.sampled_from([-0.875, 0.0, 3.0]),
+    most=st.sampled_from([1.25, 2.0, inf]),
     data=st.data(),
 )
 def test_no_division_of_layers_and_ffns_is_lighter(
     layers: list[tuple[float, float]], head: float, most: float, data: st.DataObject
 ) -> None:
+    # all numbers are sums of powers of two down to a sixteenth: what just fits does so however it is added up
     weights, ffns = tuple(w for w, _ in layers), tuple(f for _, f in layers)
-    pp, columns, grain = data.draw(st.integers(1, len(layers))), 10, 3
+    pp, columns, grain = data.draw(st.integers(1, len(layers))), 16, 5
     cuts = [(start, 0) for start in range(1, len(layers))]
-    cuts += [(start, carried) for start in range(1, len(layers)) if ffns[start - 1] for carried in (3, 6)]
+    cuts += [(start, carried) for start in range(1, len(layers)) if ffns[start - 1] for carried in (5, 10)]
 
     def loads(chosen: list[tuple[int, int]]) -> list[float]:
         ends = [0.0]
