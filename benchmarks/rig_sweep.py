@@ -102,9 +102,8 @@ def call(command: list[str], environment: dict[str, str]) -> None:
         process.terminate()
         try:
             process.wait(GRACE)
-        except (
-            subprocess.TimeoutExpired
-        ):  # a measurement is under way; the rig leaves nothing behind either way
+        except subprocess.TimeoutExpired:
+            # A measurement is under way. The rig leaves nothing behind either way.
             process.kill()
             process.wait()
         raise

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+
+import pytest
+
+from seesaw.native import build
 
 
 def pytest_configure() -> None:
@@ -12,3 +17,13 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["SEESAW_PROFILE"] = os.devnull + "/none"  # what this machine was measured at decides no test
     os.environ["SEESAW_DEVICE"] = "cpu"  # tests that want a GPU say so
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any test imports a module of kernels
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    """The native library, where there is one."""
+    found = build.load()
+    if found is None:
+        pytest.skip("no native library here")
+    return found

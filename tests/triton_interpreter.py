@@ -1,7 +1,7 @@
-"""Import this before any module of kernels: the process then interprets Triton kernels, on CPU tensors.
+"""Tests of Triton kernels, which are interpreted on CPU tensors (`conftest.py` sees to it).
 
-With `TRITON_INTERPRET=0` in the environment kernels are compiled instead, for the tests marked `gpu`; those that need
-the interpreter are skipped.
+Import this before the kernels: without Triton it skips. With `TRITON_INTERPRET=0` in the environment kernels are
+compiled instead, for the tests marked `gpu`; those that need the interpreter are skipped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 INTERPRETING = os.environ["TRITON_INTERPRET"] == "1"

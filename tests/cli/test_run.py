@@ -240,6 +240,12 @@ def test_version_and_help() -> None:
     assert "Exit code" in shown
 
 
+@pytest.mark.parametrize("command", ["", "run", "report", "plan", "simulate", "devices", "profile", "bench"])
+def test_switches_are_shown_without_a_type(command: str) -> None:
+    shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "120"}).stdout
+    assert "--help" in shown and "bool" not in shown.lower()
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom seesaw.cli.main import app\n"

@@ -29,7 +29,6 @@ from seesaw.execution.tracing import RankTrace
 from seesaw.kv.device_pool import DevicePool
 from seesaw.models.decoder import Decoder
 from seesaw.models.hf_config import load_spec
-from seesaw.native import build
 from seesaw.native.pointers import TensorPointer
 from seesaw.native.program import SCRATCH, NotRecordable, Recorder
 from seesaw.ops.cpu import CpuOperators
@@ -50,14 +49,6 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"hidden_size": 144}),
     "qwen3": ("qwen3", {}),
 }
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    found = build.load()
-    if found is None:
-        pytest.skip("no native library here")
-    return found
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from seesaw.native import build
 from seesaw.ops.cpu_linear import CpuLinear
 from seesaw.ops.torch_ops import TorchOperators
 
@@ -27,14 +26,6 @@ SHAPES = [
     (1, 1, 1),
     (9, 400, 64),
 ]
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    found = build.load()
-    if found is None:
-        pytest.skip("no native library here")
-    return found
 
 
 @pytest.fixture(scope="module")

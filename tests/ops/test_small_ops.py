@@ -6,6 +6,7 @@ bfloat16 and float16 within one, since each side rounds a float32 result once.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 
@@ -15,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seesaw.native import build
 from seesaw.ops.base import HeadNorms, Operators
 from seesaw.ops.cpu import CpuOperators
 from seesaw.ops.torch_ops import TorchOperators
@@ -27,10 +27,7 @@ TORCH = TorchOperators()
 
 
 @pytest.fixture(scope="module")
-def native() -> CpuOperators:
-    library = build.load()
-    if library is None:
-        pytest.skip("no native library here")
+def native(library: ctypes.CDLL) -> CpuOperators:
     return CpuOperators(library)
 
 

@@ -43,9 +43,8 @@ def test_which_transports_sum_in_parts(kind: Kind) -> None:
 
     def body(transport: Transport, rank: int) -> None:
         assert has_partial_sums(transport) == sums_in_parts(kind)
-        transport.all_reduce(
-            torch.ones(1), (0, 1)
-        )  # Gloo's ranks are not all connected when the first of them is
+        # Gloo's ranks are not all connected when the first of them is.
+        transport.all_reduce(torch.ones(1), (0, 1))
 
     with setup_for(kind, 2, groups=[(0, 1)]) as setup:
         run_ranks(setup, body)

@@ -8,10 +8,10 @@ import typer
 
 from seesaw import __version__
 from seesaw.cli.bench import bench
+from seesaw.cli.commands import Command, Group, JsonCommand
 from seesaw.cli.devices import devices
 from seesaw.cli.evaluate import evaluate
 from seesaw.cli.plan import plan
-from seesaw.cli.plan_options import JsonCommand
 from seesaw.cli.profile import profile
 from seesaw.cli.report import report
 from seesaw.cli.run import run
@@ -19,14 +19,15 @@ from seesaw.cli.simulate import simulate
 
 app = typer.Typer(
     name="seesaw",
+    cls=Group,
     help="Offline, batch LLM inference that re-shards the model between prefill and decode.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run")(run)
-app.command("report")(report)
+app.command("run", cls=Command)(run)
+app.command("report", cls=Command)(report)
 app.command("plan", cls=JsonCommand)(plan)
 app.command("simulate", cls=JsonCommand)(simulate)
 app.command(
@@ -34,9 +35,9 @@ app.command(
     add_help_option=False,  # the harness has its own
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )(evaluate)
-app.command("devices")(devices)
-app.command("profile")(profile)
-app.command("bench")(bench)
+app.command("devices", cls=Command)(devices)
+app.command("profile", cls=Command)(profile)
+app.command("bench", cls=Command)(bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from seesaw.cli.run_options import Debug
 
 _WHAT, _LIMITS, _OUT = "What is planned for", "Limits", "Output"
-
-
-class JsonCommand(TyperCommand):
-    """A command whose `--json` may stand without a file, for standard output."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a bare `--json` its `-`."""
-        given = []
-        for i, argument in enumerate(args):
-            given.append(argument)
-            following = args[i + 1] if i + 1 < len(args) else "--"
-            if argument == "--json" and following.startswith("-") and following != "-":
-                given.append("-")
-        return super().parse_args(ctx, given)
 
 
 Model = Annotated[
@@ -201,7 +186,6 @@ __all__ = [
     "Hardware",
     "HostKV",
     "Json",
-    "JsonCommand",
     "MaxModelLen",
     "MaxRunning",
     "Model",

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from seesaw.cli.failures import reported, set_up_logging
+from seesaw.cli.run_options import Debug
 from seesaw.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -22,9 +23,7 @@ def report(
         Path | None,
         typer.Option(help="The page to write; by default RUN_DIR/report.html.", metavar="FILE"),
     ] = None,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="All log messages, and tracebacks of errors.")
-    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Draw what `seesaw run` recorded: one HTML page that needs nothing else.
 

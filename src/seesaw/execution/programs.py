@@ -24,7 +24,7 @@ from seesaw.execution.collectives import TensorParallelGroup
 from seesaw.execution.slots import Inputs
 from seesaw.models.rope import Rotation
 from seesaw.native.build import load
-from seesaw.native.program import SCRATCH, NotRecordable, Program, Recorder
+from seesaw.native.program import LINE, SCRATCH, NotRecordable, Program, Recorder
 
 if TYPE_CHECKING:
     from seesaw.execution.layers import PagedAttention
@@ -46,7 +46,6 @@ class Timing:
 
 _MOST = 128
 """Programs that are kept: a program of 80 layers takes some 200 KB."""
-_LINE = 64
 _TABLE_WIDTH = "table_width"
 
 
@@ -168,9 +167,9 @@ class DecodePrograms:
 
     def _room(self, size: int) -> int:
         """The address of scratch memory of `size` bytes, at the start of a cache line."""
-        if len(self._scratch) < size + _LINE:
-            self._scratch = torch.empty(size + _LINE, dtype=torch.uint8)
-        return -(-self._scratch.data_ptr() // _LINE) * _LINE
+        if len(self._scratch) < size + LINE:
+            self._scratch = torch.empty(size + LINE, dtype=torch.uint8)
+        return -(-self._scratch.data_ptr() // LINE) * LINE
 
 
 def _tensors(hidden: Tensor, turn: Rotation, batch: AttentionBatch) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ Varying = Mapping[tuple[str, int], str]
 
 SCRATCH = "scratch"
 """The name of the scratch memory among a program's values."""
-_LINE = 64
+LINE = 64
 """Bytes of a cache line, at which tensors in scratch memory begin."""
 
 
@@ -253,7 +253,7 @@ def _placed(buffers: Iterable[_Buffer]) -> int:
         for other in sorted(taken, key=lambda b: b.offset):
             if other.offset - at >= buffer.bytes:
                 break
-            at = max(at, -(-(other.offset + other.bytes) // _LINE) * _LINE)
+            at = max(at, -(-(other.offset + other.bytes) // LINE) * LINE)
         buffer.offset = at
         taken.append(buffer)
         size = max(size, at + buffer.bytes)
