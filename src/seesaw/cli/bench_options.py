@@ -95,21 +95,15 @@ VllmPython = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of the prompts.", metavar="N", rich_help_panel=_HOW)]
 Fresh = Annotated[
     bool,
-    typer.Option(
-        "--fresh", help="Start every contestant anew for each run.", rich_help_panel=_HOW, metavar=""
-    ),
+    typer.Option("--fresh", help="Start every contestant anew for each run.", rich_help_panel=_HOW),
 ]
 Floor = Annotated[
     bool,
-    typer.Option(
-        "--floor/--no-floor", help="Measure the cores and give floors.", rich_help_panel=_HOW, metavar=""
-    ),
+    typer.Option("--floor/--no-floor", help="Measure the cores and give floors.", rich_help_panel=_HOW),
 ]
 Profile = Annotated[
     bool,
-    typer.Option(
-        "--profile", help="Time the functions of Seesaw's ranks, by phase.", rich_help_panel=_HOW, metavar=""
-    ),
+    typer.Option("--profile", help="Time the functions of Seesaw's ranks, by phase.", rich_help_panel=_HOW),
 ]
 Json = Annotated[
     Path | None,

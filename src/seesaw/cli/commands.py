@@ -7,22 +7,23 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 
-class _HelpWithoutType:
-    """Shows `--help` as the switch that it is; typer would add `<bool>`."""
+class _SwitchesWithoutType:
+    """Shows switches as what they are; typer would add `<bool>`."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """The option, or None."""
-        option = super().get_help_option(ctx)  # type: ignore[misc]
-        if option is not None:
-            option.metavar = ""
-        return option
+    def get_params(self, ctx: Any) -> Any:
+        """All parameters, `--help` among them."""
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
 
 
-class Group(_HelpWithoutType, TyperGroup):
+class Group(_SwitchesWithoutType, TyperGroup):
     """A group of commands."""
 
 
-class Command(_HelpWithoutType, TyperCommand):
+class Command(_SwitchesWithoutType, TyperCommand):
     """A command."""
 
 

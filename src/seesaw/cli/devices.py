@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from seesaw.inventory import Inventory, SeenGpu, Taken
 
 _LABEL = 14
-Json = Annotated[bool, typer.Option("--json", help="As JSON, sizes in bytes.", metavar="")]
+Json = Annotated[bool, typer.Option("--json", help="As JSON, sizes in bytes.")]
 
 
 def devices(json: Json = False, debug: Debug = False) -> None:

@@ -172,7 +172,6 @@ Arrivals = Annotated[
         "--arrivals/--no-arrivals",
         help="Let requests arrive when the workload says; without, all are there from the start.",
         rich_help_panel=_WHAT,
-        metavar="",
     ),
 ]
 

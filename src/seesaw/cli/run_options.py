@@ -79,7 +79,6 @@ Ordered = Annotated[
         "--ordered",
         help="Put the finished files into the order of the input.",
         rich_help_panel=_FILES,
-        metavar="",
     ),
 ]
 RetryErrors = Annotated[
@@ -88,7 +87,6 @@ RetryErrors = Annotated[
         "--retry-errors",
         help="Run rows again that failed before; answered ones stay as they are.",
         rich_help_panel=_FILES,
-        metavar="",
     ),
 ]
 Force = Annotated[
@@ -98,7 +96,6 @@ Force = Annotated[
         help="Go on with a job although its model, input or settings changed; start again what is complete, damaged, "
         "or not ours.",
         rich_help_panel=_FILES,
-        metavar="",
     ),
 ]
 Model = Annotated[
@@ -214,9 +211,7 @@ ThreadsPerRank = Annotated[
 ]
 SyncLoop = Annotated[
     bool,
-    typer.Option(
-        "--sync-loop", help="Wait for each step before the next.", rich_help_panel=_ENGINE, metavar=""
-    ),
+    typer.Option("--sync-loop", help="Wait for each step before the next.", rich_help_panel=_ENGINE),
 ]
 Preflight = Annotated[
     Literal["auto", "on", "off"],
@@ -279,6 +274,4 @@ MetricsHost = Annotated[
         rich_help_panel=_WATCHING,
     ),
 ]
-Debug = Annotated[
-    bool, typer.Option("--debug", help="All log messages, and tracebacks of errors.", metavar="")
-]
+Debug = Annotated[bool, typer.Option("--debug", help="All log messages, and tracebacks of errors.")]
